@@ -1,0 +1,390 @@
+"""
+SEA: sparse linear attention with an estimated attention mask (ICLR 2024, arXiv 2310.01777), in plain PyTorch.
+
+    estimate   a narrow picture of the attention matrix: W cells a row instead of T keys
+    select     the best cells, over all heads together (grouped top-k)
+    attend     exact softmax attention, on the keys of the selected cells alone
+    mix        with the running mean of the values, by a learned gate
+
+B batch, H heads, T tokens, D head width; every tensor is (B, H, T, D). M = query_block: block g holds queries g*M ..
+g*M + M-1 and its anchor is a = g*M. W = map_width: the past [0, a) of a block is cut into W cells, runs of keys whose
+bounds its M queries share; each query estimates and selects for itself. F = num_features, the width of phi.
+R rows of a map are those of the last R queries, or of the R from first_row on.
+
+cell_key_scores, select, attend and pool define the result; kernels.py has the same four in Triton, for the GPU.
+"""
+import importlib.util
+import sys
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+ROWS = 2048        # rows of the map that are made at a time: what bounds the memory at inference
+HALO = 8           # rows that the two causal convolutions look back
+
+
+@dataclass
+class SEAConfig:
+    n_head: int
+    head_dim: int
+    map_width: int = 256         # W, cells in a row of the map (the paper's K)
+    keys_per_query: int = 64     # mean number of selected past keys that a query gets a head (the paper's k)
+    query_block: int = 16        # M, neighbouring queries that share cell bounds; 1 is the paper
+    num_features: int = 64       # F, width of phi in the kernel attention
+    cell_keys: bool = True       # add q . mean(keys of the cell) to each score; False is the paper
+
+    def __post_init__(self):
+        if self.map_width < 4 or self.map_width % 4:
+            raise ValueError(f"map_width is {self.map_width}; it must be a positive multiple of 4")
+        if not 1 <= self.query_block <= 32:
+            raise ValueError(f"query_block is {self.query_block}; it must be from 1 to 32")
+        if self.head_dim < 8 or self.head_dim % 8:
+            raise ValueError(f"the width of a head is {self.head_dim}; it must be a positive multiple of 8")
+        if self.keys_per_query < 1 or self.num_features < 1:
+            raise ValueError("keys_per_query and num_features must be 1 or more")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Geometry: which keys a cell holds, how many cells a query may choose
+
+def anchors(first_row, R, M, device=None):
+    """Anchors of the N blocks that hold rows first_row .. first_row + R-1: (N,) int64."""
+    return torch.arange(first_row // M, -(-(first_row + R) // M), device=device) * M
+
+
+def cell_bounds(anchor, W):
+    """Cell c of a block holds keys [bounds[c], bounds[c + 1]): anchors (N,) -> (N, W + 1) int64."""
+    return anchor[:, None] * torch.arange(W + 1, device=anchor.device) // W
+
+
+def cell_of_key(rows, T, M, W):
+    """Which of keys 0 .. T-1 are in the past of each query, and in which cell: rows (R,) -> bool and int64, (R, T)."""
+    j, a = torch.arange(T, device=rows.device), (rows // M * M)[:, None]                      # T; R 1
+    return j < a, (((j + 1) * W - 1) // a.clamp(min=1)).clamp(max=W - 1)
+
+
+def cell_budget(anchor, H, W, keys_per_query):
+    """Cells that each query of a block chooses over all heads: anchors (N,) -> (N,) int64."""
+    keys_per_cell = (anchor.double() / W).clamp(min=1)
+    cells = (H * keys_per_query / keys_per_cell).round().long().clamp(min=1)
+    return torch.minimum(cells, H * anchor.clamp(max=W))
+
+
+def block_rows(x, first_row, M):
+    """Rows (B, H, R, ...) from first_row on -> (B, H, N, M, ...), rows that the N blocks miss filled with zeros."""
+    front = first_row % M
+    missing = (0, 0) * (x.ndim - 3) + (front, -(front + x.shape[2]) % M)
+    return F.pad(x, missing).unflatten(2, (-1, M))
+
+
+def running_dtype(x):
+    """Sums over many tokens are kept in float32, or in float64 if x is."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def running_sum(x):
+    """(B, H, T, D) -> (B, H, T + 1, D): row t is the sum of rows 0 .. t-1 of x."""
+    return F.pad(x.cumsum(2, dtype=running_dtype(x)), (0, 0, 1, 0))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Select: grouped top-k of the estimated mass, into FlatCSR over cells
+
+class FlatCSR(NamedTuple):
+    """The selected cells of the last N blocks. Block n of batch b is a row, and head h's run of it is the entries
+    crow[b, n, h] to crow[b, n, h + 1]: an entry is a cell that at least one query of the block chose.
+
+    Rows may stand apart: the room of a row is bounded in advance, so nothing is counted before it is written.
+    """
+    crow: Tensor       # (B, N, H + 1) int64, positions in dimension 1 of cells and queries
+    cells: Tensor      # (B, room) int32, column h*W + c, ascending in a row; 0 where unused
+    queries: Tensor    # (B, room) int32, bit m is set where the block's query m chose the cell; 0 where unused
+    T: int             # keys, up to the last query
+    query_block: int
+    map_width: int
+
+
+def flat_csr_layout(anchor, H, M, W, keys_per_query):
+    """A row's place, known before any data: anchors (N,) -> budget (N,), first entry (N,), room of all rows."""
+    budget = cell_budget(anchor, H, W, keys_per_query)
+    room = torch.minimum(M * budget, H * anchor.clamp(max=W))
+    return budget, room.cumsum(0) - room, int(room.sum())
+
+
+def select(mass, query_block, keys_per_query, first_row=0):
+    """Give each query its cell_budget largest estimates over all heads; of equal ones the lower column goes first.
+
+    mass (B, H, R, W): the estimated mass of each cell -> FlatCSR. Empty cells are never selected.
+    This is the paper's grouped top-k (section 3.2), for each query apart.
+    """
+    (B, H, R, W), M, device = mass.shape, query_block, mass.device
+    anchor = anchors(first_row, R, M)
+    budget, first, room = flat_csr_layout(anchor, H, M, W, keys_per_query)
+    full = (cell_bounds(anchor, W).diff() > 0).to(device)[:, None, None]                      # N 1 1 W
+    real = block_rows(mass.new_ones(1, 1, R), first_row, M)[0, 0, :, :, None] > 0             # N M 1
+    rows = block_rows(mass, first_row, M).permute(0, 2, 3, 1, 4)                              # B N M H W
+    rows = torch.where(full, rows, -torch.inf).flatten(3)                                     # B N M HW
+    order = rows.sort(dim=-1, descending=True, stable=True).indices                           # B N M HW
+    keep = (torch.arange(H * W, device=device) < budget.to(device)[:, None, None]) & real     # N M HW
+    chosen = torch.zeros_like(order).scatter_(-1, order, keep.long().expand_as(order))        # B N M HW, 0 or 1
+    bits = (chosen << torch.arange(M, device=device)[:, None]).sum(2)                         # B N HW
+    rank = (bits != 0).cumsum(-1)                                                             # B N HW
+    crow = first.to(device)[:, None] + F.pad(rank[..., W - 1::W], (1, 0))                     # B N H+1
+    b, n, column = bits.nonzero(as_tuple=True)
+    entry = crow[b, n, 0] + rank[b, n, column] - 1
+    cells, queries = torch.zeros(2, B, room, dtype=torch.int32, device=device)
+    cells[b, entry], queries[b, entry] = column.int(), bits[b, n, column].int()
+    return FlatCSR(crow, cells, queries, first_row + R, M, W)
+
+
+def join(masks):
+    """One FlatCSR from those of consecutive rows."""
+    starts = [sum(m.cells.shape[1] for m in masks[:i]) for i in range(len(masks))]
+    crow = torch.cat([m.crow + start for m, start in zip(masks, starts)], 1)
+    cells, queries = torch.cat([m.cells for m in masks], 1), torch.cat([m.queries for m in masks], 1)
+    return FlatCSR(crow, cells, queries, *masks[-1][3:])
+
+
+def selected_cells(mask):
+    """FlatCSR -> (B, H, N*M, W) bool: the cells that each query of its blocks chose."""
+    (B, N, H), M, W, device = mask.crow[..., 1:].shape, mask.query_block, mask.map_width, mask.crow.device
+    first, count = mask.crow[..., 0].flatten(), (mask.crow[..., -1] - mask.crow[..., 0]).flatten()
+    row = torch.repeat_interleave(torch.arange(B * N, device=device), count)                  # one for each entry
+    entry = first[row] + torch.arange(len(row), device=device) - (count.cumsum(0) - count)[row]
+    bits = torch.zeros(B * N, H * W, dtype=torch.int32, device=device)
+    bits[row, mask.cells[row // N, entry].long()] = mask.queries[row // N, entry]
+    bits = bits.view(B, N, H, 1, W) >> torch.arange(M, device=device)[:, None] & 1            # B N H M W
+    return bits.bool().transpose(1, 2).flatten(2, 3)                                          # B H NM W
+
+
+def flat_csr_to_dense(mask, B, H):
+    """FlatCSR of all rows -> (B, H, T, T) bool, true where a query attends to a key. For tests and pictures."""
+    return allowed_keys(mask, selected_cells(mask), torch.arange(mask.T, device=mask.crow.device))
+
+
+def allowed_keys(mask, chosen, rows):
+    """The keys that `rows` (R,) attend to, those of chosen cells and of the own block: (B, H, R, T) bool."""
+    T, M, W = mask.T, mask.query_block, mask.map_width
+    past, cell = cell_of_key(rows, T, M, W)                                                   # R T
+    causal = torch.arange(T, device=rows.device) <= rows[:, None]                             # R T
+    first_row = -(-T // M) * M - chosen.shape[2]
+    return torch.where(past, chosen[:, :, rows - first_row].gather(-1, cell.expand(*chosen.shape[:2], -1, -1)), causal)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attend, and the attention that the estimate learns from. Rows go through in chunks, so nothing of T x T is kept
+
+def attend_rows(q, k, v, allowed, chunk=256):
+    """Softmax attention of the last R queries over the keys that allowed(rows) -> (..., rows, T) bool leaves."""
+    first_row = k.shape[2] - q.shape[2]
+    out = [F.scaled_dot_product_attention(q[:, :, rows - first_row], k, v, attn_mask=allowed(rows), scale=1.0)
+           for rows in torch.arange(first_row, k.shape[2], device=q.device).split(chunk)]
+    return torch.cat(out, 2)
+
+
+def attend(q, k, v, mask):
+    """Exact attention to the selected cells and the own block: q (B, H, R, D), the last R of T, k and v (B, H, T, D),
+    mask FlatCSR -> (B, H, R, D)."""
+    chosen = selected_cells(mask)                                                             # B H NM W
+    return attend_rows(q, k, v, lambda rows: allowed_keys(mask, chosen, rows))
+
+
+def pool(q, k, query_block, map_width, blocks=None, chunk=256):
+    """The attention mass of q over k in each cell of the past, renormalised there; zeros where there is no past.
+
+    q, k (B, H, T, D) -> (B, H, T, W). For `blocks`, N int64 indices: (B, H, N*M, W), zeros beyond T.
+    """
+    (B, H, T, D), M, W = q.shape, query_block, map_width
+    out = []
+    for few in (torch.arange(-(-T // M)) if blocks is None else blocks).to(q.device).split(max(1, chunk // M)):
+        rows = (few[:, None] * M + torch.arange(M, device=q.device)).flatten()                # R
+        past, cell = cell_of_key(rows, T, M, W)                                               # R T
+        past = past & (rows < T)[:, None]
+        scores = (q[:, :, rows.clamp(max=T - 1)] @ k.mT).to(running_dtype(q))                 # B H R T
+        mass = scores.masked_fill(~past, -torch.inf).softmax(-1).masked_fill(~past, 0)
+        out.append(mass.new_zeros(B, H, len(rows), W).scatter_add_(-1, cell.expand_as(mass), mass))
+    return torch.cat(out, 2) if blocks is not None else torch.cat(out, 2)[:, :, :T]
+
+
+def attention_kl(log_mass, target):
+    """KL(target || estimate) of each query over its cells, in nats: two (B, H, R, W) -> (B, H, R), 0 without a past.
+
+    Since the estimate is constant inside a cell, its gradient, Q - P, is that of the KL over all T keys.
+    """
+    return torch.where(target > 0, target * (target.clamp(min=1e-30).log() - log_mass), 0).sum(-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Estimate
+
+class State(NamedTuple):
+    """What rows need to know of all rows before them."""
+    context: Tensor    # (B, H, 1, F, 2D) sum of phi(k) x values
+    norm: Tensor       # (B, H, 1, 1, F) sum of phi(k)
+    code: Tensor       # (B, H, up to HALO, 2D) the last codes
+    v_sum: Tensor      # (B, H, 1, D) sum of v
+
+
+def sinusoids(first_row, R, D, device):
+    """Fixed position code of rows from first_row on, which knows no maximal length: (R, D) float32."""
+    rate = 10000 ** (-torch.arange(0, D, 2, device=device) / D)
+    angle = torch.arange(first_row, first_row + R, device=device)[:, None] * rate             # R D/2
+    return torch.cat([angle.sin(), angle.cos()], -1)                                          # R D
+
+
+def orthogonal_features(D, num_features):
+    """Omega (D, F): blocks of orthogonal columns, each of norm sqrt(D)."""
+    blocks = [nn.init.orthogonal_(torch.empty(D, D)) for _ in range(-(-num_features // D))]
+    return torch.cat(blocks, 1)[:, :num_features] * D ** 0.5
+
+
+def kernel_attention(q, k, values, omega, context=0., norm=0., chunk=64):
+    """Causal linear attention, with phi(x) = relu(x omega) + eps in place of exp (Performer, generalised kernel).
+
+    q, k (B, H, R, D), values (B, H, R, E); context and norm: sums over earlier rows -> (B, H, R, E), context, norm.
+    A masked product inside a chunk of L rows; what came before the chunk is the running sum.
+    """
+    R, chunk = q.shape[2], min(chunk, q.shape[2])
+    phi_q, phi_k = (block_rows(F.relu(x @ omega) + 1e-3, 0, chunk) for x in (q, k))           # B H N L F
+    values = block_rows(values, 0, chunk)                                                     # B H N L E
+    sums = lambda x, start: F.pad(x.cumsum(2, dtype=running_dtype(x)), (0, 0, 0, 0, 1, 0)) + start
+    context = sums(phi_k.mT @ values, context)                                                # B H N+1 F E
+    norm = sums(phi_k.sum(-2, keepdim=True), norm)                                            # B H N+1 1 F
+    inside = (phi_q @ phi_k.mT).tril()                                                        # B H N L L
+    out = phi_q @ context[:, :, :-1].to(phi_q.dtype) + inside @ values                        # B H N L E
+    total = (phi_q * norm[:, :, :-1]).sum(-1, keepdim=True) + inside.sum(-1, keepdim=True)
+    return (out / total).flatten(2, 3)[:, :, :R], context[:, :, -1:], norm[:, :, -1:]
+
+
+def cell_key_scores(q, k_sum, query_block, map_width, first_row=0):
+    """q_t . mean of the keys in each cell, 0 for an empty one: the mean is a difference of two running sums.
+
+    q (B, H, R, D), k_sum = running_sum(k) (B, H, T + 1, D) -> (B, H, R, W) in k_sum's dtype.
+    """
+    bounds = cell_bounds(anchors(first_row, q.shape[2], query_block, q.device), map_width)    # N W+1
+    blocks, few, scores = block_rows(q.to(k_sum.dtype), first_row, query_block), max(1, 8192 // map_width), []
+    for q_few, bounds_few in zip(blocks.split(few, 2), bounds.split(few)):
+        means = k_sum[:, :, bounds_few].diff(dim=3) / bounds_few.diff().clamp(min=1)[..., None]      # B H N W D
+        scores.append(q_few @ means.mT)                                                       # B H N M W
+    return torch.cat(scores, 2).flatten(2, 3)[:, :, first_row % query_block:][:, :, :q.shape[2]]
+
+
+class Picture(nn.Module):
+    """The causal CNN: codes (B, H, R, 2D) of consecutive rows -> one score for each cell, (B, H, R, W)."""
+    CHANNELS = 2       # for each head
+
+    def __init__(self, config):
+        super().__init__()
+        channels, width = self.CHANNELS * config.n_head, config.map_width // 4
+        self.linear = nn.Linear(2 * config.head_dim, self.CHANNELS * width)
+        self.norm_in = nn.LayerNorm(width)
+        self.conv1 = nn.Conv2d(channels, channels, 3, dilation=2)
+        self.conv2 = nn.Conv2d(channels, channels, 3, dilation=2)
+        self.to_heads = nn.Conv2d(channels, config.n_head, 1)
+        self.norm_out = nn.LayerNorm(config.map_width)
+
+    def forward(self, code):
+        causal = lambda x: F.pad(x, (2, 2, 4, 0))                  # rows t-4, t-2, t and no later one
+        x = self.linear(code).unflatten(-1, (self.CHANNELS, -1))   # B H R 2 W/4
+        x = self.norm_in(x.transpose(2, 3).flatten(1, 2))          # B 2H R W/4
+        x = F.relu(self.conv1(causal(x)))
+        x = F.relu(self.conv2(causal(x)))
+        x = self.to_heads(x)                                       # B H R W/4; it commutes with the upsampling
+        return self.norm_out(x.repeat_interleave(4, -1))           # B H R W
+
+
+def implementation(device):
+    """The module whose cell_key_scores, select, attend and pool serve a device: kernels.py on a GPU, else this."""
+    if torch.device(device).type == "cuda" and importlib.util.find_spec("triton"):
+        import kernels
+        return kernels
+    return sys.modules[__name__]
+
+
+class SEAttention(nn.Module):
+    """Attention to the keys that a learned estimate of the attention matrix selects.
+
+    forward: q (already scaled by D**-0.5), k, v (B, H, T, D) -> (B, H, T, D). `teacher` is a pair (q, k) whose
+    attention the estimate should match; `self.kl` then holds the distance, nats a query, until the next call.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        H, D = config.n_head, config.head_dim
+        self.config = config
+        self.encoder = nn.Sequential(nn.Linear(3 * D, 2 * D), nn.LayerNorm(2 * D), nn.GELU())
+        self.picture = Picture(config)
+        self.gates = nn.Linear(2 * D, 2)
+        nn.init.zeros_(self.gates.weight)
+        nn.init.constant_(self.gates.bias, 5.0)                    # sigmoid(5) = 0.993: starts as attention alone
+        if config.cell_keys:
+            self.score_weights = nn.Parameter(torch.ones(2, H, 1, 1))          # of the CNN's score, of the cell keys'
+        self.register_buffer("omega", orthogonal_features(D, config.num_features))
+        self.kl = None
+
+    def forward(self, q, k, v, teacher=None):
+        config, ops, R = self.config, implementation(q.device), ROWS // self.config.query_block * self.config.query_block
+        state, k_sum = State(0., 0., v.new_empty(*v.shape[:2], 0, 2 * v.shape[3]), 0.), running_sum(k)
+        masks, gates, means, kl = [], [], [], []
+        for first in range(0, q.shape[2], R):
+            q_rows, k_rows, v_rows = (x[:, :, first:first + R] for x in (q, k, v))
+            code, mean, state = self.encode(q_rows, k_rows, v_rows, first, state)             # B H HALO+R 2D; B H R D
+            log_mass = self.estimate(code, q_rows, k_sum, first)                              # B H R W
+            masks.append(ops.select(log_mass.detach().exp(), config.query_block, config.keys_per_query, first))
+            gates.append(self.gates(code[:, :, -q_rows.shape[2]:]).sigmoid())                 # B H R 2
+            means.append(mean)
+            if teacher is not None:
+                kl.append(self.distance(log_mass, teacher, first))                            # B H R
+        self.kl = torch.cat(kl, 2).mean() if kl else None
+        sparse = ops.attend(q, k, v, join(masks))                                             # B H T D
+        return self.mix(sparse, torch.cat(means, 2), torch.cat(gates, 2))                     # B H T D
+
+    def encode(self, q, k, v, first_row, state):
+        """What each row attends to by kernel attention, as a code; the mean of v so far; both linear in T."""
+        (B, H, R, D), v_sum = v.shape, state.v_sum + v.cumsum(2, dtype=running_dtype(v))      # B H R D
+        position = sinusoids(first_row, R, D, v.device).to(v.dtype).expand_as(v)              # B H R D
+        values = torch.cat([position, v], -1)                                                 # B H R 2D
+        seen, context, norm = kernel_attention(q, k, values, self.omega, state.context, state.norm)
+        code = self.encoder(torch.cat([seen.to(v.dtype), v], -1))                             # B H R 2D
+        code = torch.cat([state.code, code], 2)                                               # B H HALO+R 2D
+        mean = v_sum / torch.arange(first_row + 1, first_row + R + 1, device=v.device)[:, None]
+        return code, mean.to(v.dtype), State(context, norm, code[:, :, -HALO:], v_sum[:, :, -1:])
+
+    def estimate(self, code, q, k_sum, first_row):
+        """Log of the estimated mass of each cell: Q_c = n_c exp(s_c) / sum_c' n_c' exp(s_c'), (B, H, R, W)."""
+        M, W, R = self.config.query_block, self.config.map_width, q.shape[2]
+        score = self.picture(code)[:, :, -R:].float()                                         # B H R W
+        if self.config.cell_keys:
+            of_picture, of_keys = self.score_weights
+            score = of_picture * score + of_keys * implementation(q.device).cell_key_scores(q, k_sum, M, W, first_row)
+        rows = torch.arange(first_row, first_row + R, device=q.device)
+        sizes = cell_bounds(rows // M * M, W).diff()                                          # R W
+        return (score + sizes.clamp(min=1e-37).log()).log_softmax(-1)       # an empty cell gets e^-85: nothing
+
+    def distance(self, log_mass, teacher, first_row):
+        """attention_kl of these rows to the attention of the teacher's q and k: (B, H, R)."""
+        M, W, R = self.config.query_block, self.config.map_width, log_mass.shape[2]
+        blocks = anchors(first_row, R, M) // M
+        return attention_kl(log_mass, implementation(log_mass.device).pool(*teacher, M, W, blocks)[:, :, :R])
+
+    def mix(self, sparse, mean, gates):
+        """g_mix * (g_prob * sparse) + (1 - g_mix) * mean, a pair of gates for each query and head."""
+        g_prob, g_mix = gates.split(1, -1)                                                    # B H T 1
+        return g_mix * (g_prob * sparse) + (1 - g_mix) * mean                                 # B H T D
+
+    @torch.no_grad()
+    def look(self, q, k, v):
+        """For looking at, three (B, H, T, T): the estimated attention to the past (a query's own block is not
+        estimated), the selected mask, and the attention probabilities under it."""
+        (B, H, T, D), M, W = q.shape, self.config.query_block, self.config.map_width
+        state, rows = State(0., 0., v.new_empty(B, H, 0, 2 * D), 0.), torch.arange(T, device=q.device)
+        log_mass = self.estimate(self.encode(q, k, v, 0, state)[0], q, running_sum(k), 0)     # B H T W
+        past, cell = cell_of_key(rows, T, M, W)                                               # T T
+        of_each_key = log_mass.exp() / cell_bounds(rows // M * M, W).diff().clamp(min=1)      # B H T W
+        estimate = of_each_key.gather(-1, cell.expand(B, H, T, T)) * past
+        mask = flat_csr_to_dense(select(log_mass.exp(), M, self.config.keys_per_query), B, H)
+        return estimate, mask, (q @ k.mT).masked_fill(~mask, -torch.inf).softmax(-1)
