@@ -1,0 +1,31 @@
+"""Tiny Shakespeare: 1.1 MB of plays, the first text of many language models.
+
+    python data/shakespeare.py     then: python train.py --data shakespeare
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # where the package data is found
+from data.common import FOLDER, Parser, download, write
+from data.text import read
+
+URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("--url", default=URL, help="where to download from: http, https or file")
+    parser.add_argument("--tokenizer", default="bytes", help="bytes (no download), gpt2 or opt")
+    args = parser.parse_args()
+
+    path = FOLDER / "shakespeare" / "input.txt"
+    path.parent.mkdir(exist_ok=True)
+    if not path.exists():
+        download(args.url, path)
+    text = read(path)
+    cut = max(1, len(text) * 9 // 10)
+    write("shakespeare", dict(train=text[:cut], val=text[cut:]), args.tokenizer, args.url)
+
+
+if __name__ == "__main__":
+    main()

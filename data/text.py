@@ -1,0 +1,41 @@
+"""Any UTF-8 text file as a data set; its last tenth is the validation split.
+
+    python data/text.py FILE       then: python train.py --data text
+"""
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # where the package data is found
+from data.common import Parser, fail, write
+
+
+def read(path):
+    """The text of a file, which must be UTF-8 and not empty."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        fail(f"{path} is not UTF-8 (byte {error.start}); convert it first, e.g. iconv -t UTF-8")
+    except OSError as error:
+        fail(f"cannot read {path}: {error.strerror}")
+    if len(text) < 2:
+        fail(f"{path} is empty; give a text of at least a few thousand characters")
+    return text
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("file", help="a UTF-8 text file")
+    parser.add_argument("--name", default="text", help="folder in data/ to write")
+    parser.add_argument("--tokenizer", default="bytes", help="bytes (no download), gpt2 or opt")
+    args = parser.parse_args()
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", args.name):
+        fail(f"--name {args.name!r}: use letters, digits, - and _")
+
+    text = read(args.file)
+    cut = max(1, len(text) * 9 // 10)
+    write(args.name, dict(train=text[:cut], val=text[cut:]), args.tokenizer, Path(args.file).name)
+
+
+if __name__ == "__main__":
+    main()
