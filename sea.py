@@ -6,12 +6,12 @@ SEA: sparse linear attention with an estimated attention mask (ICLR 2024, arXiv 
     attend     exact softmax attention, on the keys of the selected cells alone
     mix        with the running mean of the values, by a learned gate
 
-B batch, H heads, T tokens, D head width; every tensor is (B, H, T, D). M = query_block: block g holds queries g*M ..
-g*M + M-1 and its anchor is a = g*M. W = map_width: the past [0, a) of a block is cut into W cells, runs of keys whose
-bounds its M queries share; each query estimates and selects for itself. F = num_features, the width of phi.
-R rows of a map are those of the last R queries, or of the R from first_row on.
+B batch, H heads, T tokens, D head width; every tensor is (B, H, T, D). F = num_features, the width of phi.
+M = query_block: block g holds queries g*M .. g*M + M-1, and its anchor is a = g*M. W = map_width: the past
+[0, a) of a block is cut into W cells, runs of keys, whose bounds its M queries share; each query estimates
+and selects for itself. Where R rows of N blocks are given instead of all T, they start at first_row.
 
-cell_key_scores, select, attend and pool define the result; kernels.py has the same four in Triton, for the GPU.
+cell_key_scores, select, attend and pool define the result; kernels.py has the same four in Triton, for GPUs.
 """
 import importlib.util
 import sys
@@ -48,7 +48,7 @@ class SEAConfig:
             raise ValueError("keys_per_query and num_features must be 1 or more")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Geometry: which keys a cell holds, how many cells a query may choose
 
 def anchors(first_row, R, M, device=None):
@@ -62,7 +62,7 @@ def cell_bounds(anchor, W):
 
 
 def cell_of_key(rows, T, M, W):
-    """Which of keys 0 .. T-1 are in the past of each query, and in which cell: rows (R,) -> bool and int64, (R, T)."""
+    """Is a key in the past of a query, and in which of its cells: rows (R,) -> bool, int64, both (R, T)."""
     j, a = torch.arange(T, device=rows.device), (rows // M * M)[:, None]                      # T; R 1
     return j < a, (((j + 1) * W - 1) // a.clamp(min=1)).clamp(max=W - 1)
 
@@ -75,7 +75,7 @@ def cell_budget(anchor, H, W, keys_per_query):
 
 
 def block_rows(x, first_row, M):
-    """Rows (B, H, R, ...) from first_row on -> (B, H, N, M, ...), rows that the N blocks miss filled with zeros."""
+    """Rows (B, H, R, ...) from first_row on -> whole blocks (B, H, N, M, ...), missing rows as zeros."""
     front = first_row % M
     missing = (0, 0) * (x.ndim - 3) + (front, -(front + x.shape[2]) % M)
     return F.pad(x, missing).unflatten(2, (-1, M))
@@ -91,32 +91,32 @@ def running_sum(x):
     return F.pad(x.cumsum(2, dtype=running_dtype(x)), (0, 0, 1, 0))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Select: grouped top-k of the estimated mass, into FlatCSR over cells
 
 class FlatCSR(NamedTuple):
-    """The selected cells of the last N blocks. Block n of batch b is a row, and head h's run of it is the entries
-    crow[b, n, h] to crow[b, n, h + 1]: an entry is a cell that at least one query of the block chose.
+    """The selected cells of the last N blocks. Block n of batch b is a row; its run of head h is the entries
+    crow[b, n, h] to crow[b, n, h + 1]. An entry is a cell that at least one query of the block chose.
 
     Rows may stand apart: the room of a row is bounded in advance, so nothing is counted before it is written.
     """
     crow: Tensor       # (B, N, H + 1) int64, positions in dimension 1 of cells and queries
     cells: Tensor      # (B, room) int32, column h*W + c, ascending in a row; 0 where unused
-    queries: Tensor    # (B, room) int32, bit m is set where the block's query m chose the cell; 0 where unused
+    queries: Tensor  # (B, room) int32, bit m is set where the block's query m chose the cell; 0 where unused
     T: int             # keys, up to the last query
     query_block: int
     map_width: int
 
 
 def flat_csr_layout(anchor, H, M, W, keys_per_query):
-    """A row's place, known before any data: anchors (N,) -> budget (N,), first entry (N,), room of all rows."""
+    """Place of the rows, known before any data: anchors (N,) -> budget, first entry (N,), room in all."""
     budget = cell_budget(anchor, H, W, keys_per_query)
     room = torch.minimum(M * budget, H * anchor.clamp(max=W))
     return budget, room.cumsum(0) - room, int(room.sum())
 
 
 def select(mass, query_block, keys_per_query, first_row=0):
-    """Give each query its cell_budget largest estimates over all heads; of equal ones the lower column goes first.
+    """Give each query its cell_budget largest estimates over all heads, the lower column first among equals.
 
     mass (B, H, R, W): the estimated mass of each cell -> FlatCSR. Empty cells are never selected.
     This is the paper's grouped top-k (section 3.2), for each query apart.
@@ -130,7 +130,7 @@ def select(mass, query_block, keys_per_query, first_row=0):
     rows = torch.where(full, rows, -torch.inf).flatten(3)                                     # B N M HW
     order = rows.sort(dim=-1, descending=True, stable=True).indices                           # B N M HW
     keep = (torch.arange(H * W, device=device) < budget.to(device)[:, None, None]) & real     # N M HW
-    chosen = torch.zeros_like(order).scatter_(-1, order, keep.long().expand_as(order))        # B N M HW, 0 or 1
+    chosen = torch.zeros_like(order).scatter_(-1, order, keep.long().expand_as(order))  # B N M HW, 0 or 1
     bits = (chosen << torch.arange(M, device=device)[:, None]).sum(2)                         # B N HW
     rank = (bits != 0).cumsum(-1)                                                             # B N HW
     crow = first.to(device)[:, None] + F.pad(rank[..., W - 1::W], (1, 0))                     # B N H+1
@@ -153,7 +153,7 @@ def selected_cells(mask):
     """FlatCSR -> (B, H, N*M, W) bool: the cells that each query of its blocks chose."""
     (B, N, H), M, W, device = mask.crow[..., 1:].shape, mask.query_block, mask.map_width, mask.crow.device
     first, count = mask.crow[..., 0].flatten(), (mask.crow[..., -1] - mask.crow[..., 0]).flatten()
-    row = torch.repeat_interleave(torch.arange(B * N, device=device), count)                  # one for each entry
+    row = torch.repeat_interleave(torch.arange(B * N, device=device), count)      # one for each entry
     entry = first[row] + torch.arange(len(row), device=device) - (count.cumsum(0) - count)[row]
     bits = torch.zeros(B * N, H * W, dtype=torch.int32, device=device)
     bits[row, mask.cells[row // N, entry].long()] = mask.queries[row // N, entry]
@@ -162,7 +162,7 @@ def selected_cells(mask):
 
 
 def flat_csr_to_dense(mask, B, H):
-    """FlatCSR of all rows -> (B, H, T, T) bool, true where a query attends to a key. For tests and pictures."""
+    """FlatCSR of all rows -> (B, H, T, T) bool, true where a query attends to a key; for tests, pictures."""
     return allowed_keys(mask, selected_cells(mask), torch.arange(mask.T, device=mask.crow.device))
 
 
@@ -172,14 +172,15 @@ def allowed_keys(mask, chosen, rows):
     past, cell = cell_of_key(rows, T, M, W)                                                   # R T
     causal = torch.arange(T, device=rows.device) <= rows[:, None]                             # R T
     first_row = -(-T // M) * M - chosen.shape[2]
-    return torch.where(past, chosen[:, :, rows - first_row].gather(-1, cell.expand(*chosen.shape[:2], -1, -1)), causal)
+    chosen = chosen[:, :, rows - first_row].gather(-1, cell.expand(*chosen.shape[:2], -1, -1))    # B H R T
+    return torch.where(past, chosen, causal)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Attend, and the attention that the estimate learns from. Rows go through in chunks, so nothing of T x T is kept
+# ------------------------------------------------------------------------------------------------------------
+# Attend, and the attention that the estimate learns from. Rows go through in chunks: nothing of T x T is kept
 
 def attend_rows(q, k, v, allowed, chunk=256):
-    """Softmax attention of the last R queries over the keys that allowed(rows) -> (..., rows, T) bool leaves."""
+    """Softmax attention of the last R queries over the keys that allowed(rows) -> (..., R, T) bool leaves."""
     first_row = k.shape[2] - q.shape[2]
     out = [F.scaled_dot_product_attention(q[:, :, rows - first_row], k, v, attn_mask=allowed(rows), scale=1.0)
            for rows in torch.arange(first_row, k.shape[2], device=q.device).split(chunk)]
@@ -187,38 +188,38 @@ def attend_rows(q, k, v, allowed, chunk=256):
 
 
 def attend(q, k, v, mask):
-    """Exact attention to the selected cells and the own block: q (B, H, R, D), the last R of T, k and v (B, H, T, D),
-    mask FlatCSR -> (B, H, R, D)."""
+    """Exact attention to the selected cells and the own block: q (B, H, R, D), the last R queries of T,
+    k, v (B, H, T, D), mask FlatCSR -> (B, H, R, D)."""
     chosen = selected_cells(mask)                                                             # B H NM W
     return attend_rows(q, k, v, lambda rows: allowed_keys(mask, chosen, rows))
 
 
 def pool(q, k, query_block, map_width, blocks=None, chunk=256):
-    """The attention mass of q over k in each cell of the past, renormalised there; zeros where there is no past.
+    """The mass of q's attention to the past k in each cell, renormalised; zeros where there is no past.
 
     q, k (B, H, T, D) -> (B, H, T, W). For `blocks`, N int64 indices: (B, H, N*M, W), zeros beyond T.
     """
     (B, H, T, D), M, W = q.shape, query_block, map_width
-    out = []
-    for few in (torch.arange(-(-T // M)) if blocks is None else blocks).to(q.device).split(max(1, chunk // M)):
+    wanted, out = torch.arange(-(-T // M)) if blocks is None else blocks, []
+    for few in wanted.to(q.device).split(max(1, chunk // M)):
         rows = (few[:, None] * M + torch.arange(M, device=q.device)).flatten()                # R
         past, cell = cell_of_key(rows, T, M, W)                                               # R T
         past = past & (rows < T)[:, None]
         scores = (q[:, :, rows.clamp(max=T - 1)] @ k.mT).to(running_dtype(q))                 # B H R T
         mass = scores.masked_fill(~past, -torch.inf).softmax(-1).masked_fill(~past, 0)
         out.append(mass.new_zeros(B, H, len(rows), W).scatter_add_(-1, cell.expand_as(mass), mass))
-    return torch.cat(out, 2) if blocks is not None else torch.cat(out, 2)[:, :, :T]
+    return torch.cat(out, 2)[:, :, :T if blocks is None else None]
 
 
 def attention_kl(log_mass, target):
-    """KL(target || estimate) of each query over its cells, in nats: two (B, H, R, W) -> (B, H, R), 0 without a past.
+    """KL(target || estimate) of each query over its cells, nats: two (B, H, R, W) -> (B, H, R), 0 if no past.
 
     Since the estimate is constant inside a cell, its gradient, Q - P, is that of the KL over all T keys.
     """
     return torch.where(target > 0, target * (target.clamp(min=1e-30).log() - log_mass), 0).sum(-1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Estimate
 
 class State(NamedTuple):
@@ -226,7 +227,6 @@ class State(NamedTuple):
     context: Tensor    # (B, H, 1, F, 2D) sum of phi(k) x values
     norm: Tensor       # (B, H, 1, 1, F) sum of phi(k)
     code: Tensor       # (B, H, up to HALO, 2D) the last codes
-    v_sum: Tensor      # (B, H, 1, D) sum of v
 
 
 def sinusoids(first_row, R, D, device):
@@ -243,10 +243,10 @@ def orthogonal_features(D, num_features):
 
 
 def kernel_attention(q, k, values, omega, context=0., norm=0., chunk=64):
-    """Causal linear attention, with phi(x) = relu(x omega) + eps in place of exp (Performer, generalised kernel).
+    """Causal linear attention: phi(x) = relu(x omega) + eps in place of exp (Performer's generalised kernel).
 
-    q, k (B, H, R, D), values (B, H, R, E); context and norm: sums over earlier rows -> (B, H, R, E), context, norm.
-    A masked product inside a chunk of L rows; what came before the chunk is the running sum.
+    q, k (B, H, R, D), values (B, H, R, E), the sums over earlier rows -> (B, H, R, E), and the sums so far.
+    Within a chunk of L rows a masked product; what came before the chunk is a running sum.
     """
     R, chunk = q.shape[2], min(chunk, q.shape[2])
     phi_q, phi_k = (block_rows(F.relu(x @ omega) + 1e-3, 0, chunk) for x in (q, k))           # B H N L F
@@ -257,7 +257,8 @@ def kernel_attention(q, k, values, omega, context=0., norm=0., chunk=64):
     inside = (phi_q @ phi_k.mT).tril()                                                        # B H N L L
     out = phi_q @ context[:, :, :-1].to(phi_q.dtype) + inside @ values                        # B H N L E
     total = (phi_q * norm[:, :, :-1]).sum(-1, keepdim=True) + inside.sum(-1, keepdim=True)
-    return (out / total).flatten(2, 3)[:, :, :R], context[:, :, -1:], norm[:, :, -1:]
+    out, total = (x.flatten(2, 3)[:, :, :R] for x in (out, total))                # the padding is 0 / 0
+    return out / total, context[:, :, -1:], norm[:, :, -1:]
 
 
 def cell_key_scores(q, k_sum, query_block, map_width, first_row=0):
@@ -268,8 +269,8 @@ def cell_key_scores(q, k_sum, query_block, map_width, first_row=0):
     bounds = cell_bounds(anchors(first_row, q.shape[2], query_block, q.device), map_width)    # N W+1
     blocks, few, scores = block_rows(q.to(k_sum.dtype), first_row, query_block), max(1, 8192 // map_width), []
     for q_few, bounds_few in zip(blocks.split(few, 2), bounds.split(few)):
-        means = k_sum[:, :, bounds_few].diff(dim=3) / bounds_few.diff().clamp(min=1)[..., None]      # B H N W D
-        scores.append(q_few @ means.mT)                                                       # B H N M W
+        sums = q_few @ k_sum[:, :, bounds_few].mT                                             # B H N M W+1
+        scores.append(sums.diff() / bounds_few.diff().clamp(min=1)[:, None])                  # B H N M W
     return torch.cat(scores, 2).flatten(2, 3)[:, :, first_row % query_block:][:, :, :q.shape[2]]
 
 
@@ -293,12 +294,12 @@ class Picture(nn.Module):
         x = self.norm_in(x.transpose(2, 3).flatten(1, 2))          # B 2H R W/4
         x = F.relu(self.conv1(causal(x)))
         x = F.relu(self.conv2(causal(x)))
-        x = self.to_heads(x)                                       # B H R W/4; it commutes with the upsampling
+        x = self.to_heads(x)  # B H R W/4; it commutes with the upsampling
         return self.norm_out(x.repeat_interleave(4, -1))           # B H R W
 
 
 def implementation(device):
-    """The module whose cell_key_scores, select, attend and pool serve a device: kernels.py on a GPU, else this."""
+    """The module whose cell_key_scores, select, attend, pool serve a device: kernels.py on a GPU, or this."""
     if torch.device(device).type == "cuda" and importlib.util.find_spec("triton"):
         import kernels
         return kernels
@@ -308,8 +309,8 @@ def implementation(device):
 class SEAttention(nn.Module):
     """Attention to the keys that a learned estimate of the attention matrix selects.
 
-    forward: q (already scaled by D**-0.5), k, v (B, H, T, D) -> (B, H, T, D). `teacher` is a pair (q, k) whose
-    attention the estimate should match; `self.kl` then holds the distance, nats a query, until the next call.
+    forward: q (already scaled by D**-0.5), k, v (B, H, T, D) -> (B, H, T, D). `teacher` is the pair (q, k)
+    whose attention the estimate should match; then `self.kl` holds the distance, nats a query.
     """
 
     def __init__(self, config):
@@ -320,50 +321,55 @@ class SEAttention(nn.Module):
         self.picture = Picture(config)
         self.gates = nn.Linear(2 * D, 2)
         nn.init.zeros_(self.gates.weight)
-        nn.init.constant_(self.gates.bias, 5.0)                    # sigmoid(5) = 0.993: starts as attention alone
+        nn.init.constant_(self.gates.bias, 5.0)  # sigmoid(5) = 0.993: starts as attention alone
         if config.cell_keys:
-            self.score_weights = nn.Parameter(torch.ones(2, H, 1, 1))          # of the CNN's score, of the cell keys'
+            self.score_weights = nn.Parameter(torch.ones(2, H, 1, 1))  # of the CNN's score, of the cell keys'
         self.register_buffer("omega", orthogonal_features(D, config.num_features))
         self.kl = None
 
     def forward(self, q, k, v, teacher=None):
-        config, ops, R = self.config, implementation(q.device), ROWS // self.config.query_block * self.config.query_block
-        state, k_sum = State(0., 0., v.new_empty(*v.shape[:2], 0, 2 * v.shape[3]), 0.), running_sum(k)
-        masks, gates, means, kl = [], [], [], []
+        # the estimate reads q, k and v and does not steer them: the KL trains the estimator alone
+        mask, gates, self.kl = self.estimate_and_select(q.detach(), k.detach(), v.detach(), teacher)
+        sparse = implementation(q.device).attend(q, k, v, mask)                    # B H T D
+        return self.mix(sparse, v, gates)                                          # B H T D
+
+    def estimate_and_select(self, q, k, v, teacher):
+        """Make the map ROWS rows at a time and keep the selection: FlatCSR, gates (B, H, T, 2), KL."""
+        config, ops = self.config, implementation(q.device)
+        M, R, state = config.query_block, ROWS // config.query_block * config.query_block, self.start(v)
+        k_sum, masks, gates, kl = running_sum(k), [], [], []
         for first in range(0, q.shape[2], R):
             q_rows, k_rows, v_rows = (x[:, :, first:first + R] for x in (q, k, v))
-            code, mean, state = self.encode(q_rows, k_rows, v_rows, first, state)             # B H HALO+R 2D; B H R D
-            log_mass = self.estimate(code, q_rows, k_sum, first)                              # B H R W
-            masks.append(ops.select(log_mass.detach().exp(), config.query_block, config.keys_per_query, first))
-            gates.append(self.gates(code[:, :, -q_rows.shape[2]:]).sigmoid())                 # B H R 2
-            means.append(mean)
+            code, state = self.encode(q_rows, k_rows, v_rows, first, state)        # B H HALO+R 2D
+            log_mass = self.estimate(code, q_rows, k_sum, first)                   # B H R W
+            masks.append(ops.select(log_mass.detach().exp(), M, config.keys_per_query, first))
+            gates.append(self.gates(code[:, :, -q_rows.shape[2]:]).sigmoid())      # B H R 2
             if teacher is not None:
-                kl.append(self.distance(log_mass, teacher, first))                            # B H R
-        self.kl = torch.cat(kl, 2).mean() if kl else None
-        sparse = ops.attend(q, k, v, join(masks))                                             # B H T D
-        return self.mix(sparse, torch.cat(means, 2), torch.cat(gates, 2))                     # B H T D
+                kl.append(self.distance(log_mass, teacher, first))                 # B H R
+        return join(masks), torch.cat(gates, 2), torch.cat(kl, 2).mean() if kl else None
+
+    def start(self, v):
+        return State(0., 0., v.new_empty(*v.shape[:2], 0, 2 * v.shape[3]))
 
     def encode(self, q, k, v, first_row, state):
-        """What each row attends to by kernel attention, as a code; the mean of v so far; both linear in T."""
-        (B, H, R, D), v_sum = v.shape, state.v_sum + v.cumsum(2, dtype=running_dtype(v))      # B H R D
-        position = sinusoids(first_row, R, D, v.device).to(v.dtype).expand_as(v)              # B H R D
-        values = torch.cat([position, v], -1)                                                 # B H R 2D
+        """A code for each row, from what it attends to by kernel attention, in time linear in T."""
+        position = sinusoids(first_row, *v.shape[2:], v.device).to(v.dtype)        # R D
+        values = torch.cat([position.expand_as(v), v], -1)                         # B H R 2D
         seen, context, norm = kernel_attention(q, k, values, self.omega, state.context, state.norm)
-        code = self.encoder(torch.cat([seen.to(v.dtype), v], -1))                             # B H R 2D
-        code = torch.cat([state.code, code], 2)                                               # B H HALO+R 2D
-        mean = v_sum / torch.arange(first_row + 1, first_row + R + 1, device=v.device)[:, None]
-        return code, mean.to(v.dtype), State(context, norm, code[:, :, -HALO:], v_sum[:, :, -1:])
+        code = self.encoder(torch.cat([seen.to(v.dtype), v], -1))                  # B H R 2D
+        code = torch.cat([state.code, code], 2)                                    # B H HALO+R 2D
+        return code, State(context, norm, code[:, :, -HALO:])
 
     def estimate(self, code, q, k_sum, first_row):
-        """Log of the estimated mass of each cell: Q_c = n_c exp(s_c) / sum_c' n_c' exp(s_c'), (B, H, R, W)."""
+        """log Q (B, H, R, W), the estimated mass of each cell: Q_c = n_c exp(s_c) / sum_c' n_c' exp(s_c')."""
         M, W, R = self.config.query_block, self.config.map_width, q.shape[2]
         score = self.picture(code)[:, :, -R:].float()                                         # B H R W
         if self.config.cell_keys:
-            of_picture, of_keys = self.score_weights
-            score = of_picture * score + of_keys * implementation(q.device).cell_key_scores(q, k_sum, M, W, first_row)
+            of_keys = implementation(q.device).cell_key_scores(q, k_sum, M, W, first_row)
+            score = self.score_weights[0] * score + self.score_weights[1] * of_keys
         rows = torch.arange(first_row, first_row + R, device=q.device)
         sizes = cell_bounds(rows // M * M, W).diff()                                          # R W
-        return (score + sizes.clamp(min=1e-37).log()).log_softmax(-1)       # an empty cell gets e^-85: nothing
+        return (score + sizes.clamp(min=1e-37).log()).log_softmax(-1)  # an empty cell gets e^-85: nothing
 
     def distance(self, log_mass, teacher, first_row):
         """attention_kl of these rows to the attention of the teacher's q and k: (B, H, R)."""
@@ -371,18 +377,23 @@ class SEAttention(nn.Module):
         blocks = anchors(first_row, R, M) // M
         return attention_kl(log_mass, implementation(log_mass.device).pool(*teacher, M, W, blocks)[:, :, :R])
 
-    def mix(self, sparse, mean, gates):
-        """g_mix * (g_prob * sparse) + (1 - g_mix) * mean, a pair of gates for each query and head."""
-        g_prob, g_mix = gates.split(1, -1)                                                    # B H T 1
-        return g_mix * (g_prob * sparse) + (1 - g_mix) * mean                                 # B H T D
+    def mix(self, sparse, v, gates):
+        """g_mix * (g_prob * sparse) + (1 - g_mix) * mean(v_0 .. v_t), two gates for each query and head."""
+        v_sum, out, count = 0., [], torch.arange(1, v.shape[2] + 1, device=v.device)[:, None]
+        for sparse, v, gates, count in zip(*(x.split(ROWS, -2) for x in (sparse, v, gates, count))):
+            v_sum = v_sum + v.cumsum(2, dtype=running_dtype(v))                    # B H R D
+            mean, (g_prob, g_mix) = (v_sum / count).to(v.dtype), gates.split(1, -1)
+            out.append(g_mix * (g_prob * sparse) + (1 - g_mix) * mean)             # B H R D
+            v_sum = v_sum[:, :, -1:]
+        return torch.cat(out, 2)
 
     @torch.no_grad()
     def look(self, q, k, v):
         """For looking at, three (B, H, T, T): the estimated attention to the past (a query's own block is not
         estimated), the selected mask, and the attention probabilities under it."""
         (B, H, T, D), M, W = q.shape, self.config.query_block, self.config.map_width
-        state, rows = State(0., 0., v.new_empty(B, H, 0, 2 * D), 0.), torch.arange(T, device=q.device)
-        log_mass = self.estimate(self.encode(q, k, v, 0, state)[0], q, running_sum(k), 0)     # B H T W
+        rows = torch.arange(T, device=q.device)
+        log_mass = self.estimate(self.encode(q, k, v, 0, self.start(v))[0], q, running_sum(k), 0)  # B H T W
         past, cell = cell_of_key(rows, T, M, W)                                               # T T
         of_each_key = log_mass.exp() / cell_bounds(rows // M * M, W).diff().clamp(min=1)      # B H T W
         estimate = of_each_key.gather(-1, cell.expand(B, H, T, T)) * past
