@@ -1,16 +1,19 @@
 """
-The OPT decoder (Zhang et al., 2022), from scratch: learned positions with OPT's offset of 2, pre-norm blocks with
-biases, ReLU MLP, final LayerNorm, output tied to the token embedding. Module names are those of the published weights.
+The OPT decoder (Zhang et al., 2022), from scratch: learned positions with OPT's offset of 2, pre-norm blocks
+with biases (opt-350m: post-norm), ReLU MLP, final LayerNorm, output tied to the token embedding. Module names
+are those of the published weights, which OPT.from_pretrained reads.
 
 OPTConfig.attention names the attention: sea, or what it is compared with: dense, performer, window.
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from data import hub
 from sea import SEAConfig, SEAttention, attend_rows, kernel_attention, orthogonal_features
 
 POSITION_OFFSET = 2      # OPT keeps rows 0 and 1 of its position table for padding
@@ -29,6 +32,8 @@ class OPTConfig:
     query_block: int = 16
     num_features: int = 64
     cell_keys: bool = True
+    post_norm: bool = False      # opt-350m: LayerNorm after each residual sum, and none at the end
+    token_embd: int = 0          # E, width of the token embedding where it is not n_embd (opt-350m: 512)
 
     def __post_init__(self):
         if self.attention not in ATTENTIONS:
@@ -57,10 +62,11 @@ class PerformerAttention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.register_buffer("omega", orthogonal_features(config.n_embd // config.n_head, config.num_features))
+        D = config.n_embd // config.n_head
+        self.register_buffer("omega", orthogonal_features(D, config.num_features))
 
     def forward(self, q, k, v, teacher=None):
-        return kernel_attention(q, k, v, self.omega)
+        return kernel_attention(q, k, v, self.omega)[0].to(v.dtype)
 
 
 class WindowAttention(nn.Module):
@@ -69,13 +75,16 @@ class WindowAttention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        own_block = (config.query_block + 1) // 2          # SEA's query also attends to its own block: M/2 on average
+        own_block = (config.query_block + 1) // 2    # SEA's query also sees its own block: M/2 on average
         self.last = max(1, config.keys_per_query + own_block - self.FIRST)
 
+    def allowed(self, rows, T):
+        """The keys that `rows` (R,) attend to: (R, T) bool."""
+        t, j = rows[:, None], torch.arange(T, device=rows.device)
+        return (j <= t) & ((j > t - self.last) | (j < self.FIRST))
+
     def forward(self, q, k, v, teacher=None):
-        j = torch.arange(k.shape[2], device=k.device)
-        near = lambda t: (j <= t) & ((j > t - self.last) | (j < self.FIRST))
-        return attend_rows(q, k, v, lambda rows: near(rows[:, None]))
+        return attend_rows(q, k, v, lambda rows: self.allowed(rows, k.shape[2]))
 
 
 ATTENTIONS = {"sea": lambda config: SEAttention(config.sea()), "dense": DenseAttention,
@@ -93,7 +102,7 @@ class SelfAttention(nn.Module):
     def forward(self, x, teacher=None):
         q, k, v = self.q_proj(x) * self.scale, self.k_proj(x), self.v_proj(x)                 # B T C
         q, k, v = (y.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for y in (q, k, v))     # B H T D
-        if teacher is None and self.training:              # from scratch, the model's own attention is its teacher
+        if teacher is None and self.training:         # from scratch, the model's own attention is its teacher
             teacher = q.detach(), k.detach()
         y = self.attention(q, k, v, teacher)                                                  # B H T D
         return self.out_proj(y.transpose(1, 2).flatten(2))                                    # B T C
@@ -102,6 +111,7 @@ class SelfAttention(nn.Module):
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
+        self.post_norm = config.post_norm
         self.self_attn_layer_norm = nn.LayerNorm(config.n_embd)
         self.self_attn = SelfAttention(config)
         self.final_layer_norm = nn.LayerNorm(config.n_embd)
@@ -109,24 +119,34 @@ class Block(nn.Module):
         self.fc2 = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x, teacher=None):
+        mlp = lambda x: self.fc2(F.relu(self.fc1(x)))
+        if self.post_norm:
+            x = self.self_attn_layer_norm(x + self.self_attn(x, teacher))
+            return self.final_layer_norm(x + mlp(x))
         x = x + self.self_attn(self.self_attn_layer_norm(x), teacher)
-        return x + self.fc2(F.relu(self.fc1(self.final_layer_norm(x))))
+        return x + mlp(self.final_layer_norm(x))
 
 
 class OPT(nn.Module):
-    """OPT(config)(idx, targets=None) -> (logits, loss): token ids (B, T) int64 -> (B, T, vocab_size), nats a token."""
+    """OPT(config)(idx, targets=None) -> logits, loss: ids (B, T) int64 -> (B, T, V), nats a token.
+
+    teacher: for each layer the (q, k) that a SEA layer's estimate should match, see SEAttention.
+    """
 
     def __init__(self, config):
         super().__init__()
+        C, E = config.n_embd, config.token_embd or config.n_embd
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
-        self.embed_positions = nn.Embedding(config.context + POSITION_OFFSET, config.n_embd)
+        self.embed_tokens = nn.Embedding(config.vocab_size, E)
+        self.project_in = nn.Identity() if E == C else nn.Linear(E, C, bias=False)
+        self.embed_positions = nn.Embedding(config.context + POSITION_OFFSET, C)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.final_layer_norm = nn.LayerNorm(config.n_embd)
+        self.final_layer_norm = nn.Identity() if config.post_norm else nn.LayerNorm(C)
+        self.project_out = nn.Identity() if E == C else nn.Linear(C, E, bias=False)
         self.init_weights()
 
     def init_weights(self):
-        """GPT-2's: normal(0.02), and what ends on the residual stream smaller by sqrt(2 n_layer). SEA keeps its own."""
+        """GPT-2's: normal(0.02), what ends on the residual stream over sqrt(2 n_layer). SEA keeps its own."""
         for name, p in self.named_parameters():
             if ".attention." in name or "layer_norm" in name:
                 continue
@@ -136,20 +156,79 @@ class OPT(nn.Module):
                 residual = name.endswith(("out_proj.weight", "fc2.weight"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
 
-    def forward(self, idx, targets=None):
+    def forward(self, idx, targets=None, teacher=None):
         B, T = idx.shape
         if T > self.config.context:
             raise ValueError(f"{T} tokens do not fit in this model's context of {self.config.context}")
         position = torch.arange(T, device=idx.device) + POSITION_OFFSET
-        x = self.embed_tokens(idx) + self.embed_positions(position)                           # B T C
-        for block in self.layers:
-            x = block(x)
-        logits = F.linear(self.final_layer_norm(x), self.embed_tokens.weight)                 # B T V
+        x = self.project_in(self.embed_tokens(idx)) + self.embed_positions(position)          # B T C
+        for block, queries_keys in zip(self.layers, teacher or [None] * len(self.layers)):
+            x = block(x, queries_keys)
+        x = self.project_out(self.final_layer_norm(x))                                        # B T E
+        logits = F.linear(x, self.embed_tokens.weight)                                        # B T V
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
+    @classmethod
+    def from_pretrained(cls, name_or_folder, attention="dense", context=None, url=None, **sea):
+        """Published weights, in float32: those in a folder of the hub's format, or those of facebook/opt-125m
+        (-350m, -1.3b, -2.7b, -6.7b), downloaded once, to ~/.cache/nanosea/NAME. A mistake is a ValueError.
+
+        context: see set_context; None is the file's. url: address of the files, if not the hub's. sea: fields
+        of OPTConfig from map_width to cell_keys; what `attention` adds to the file keeps its initial values.
+        """
+        find = lambda file: hub.model_file(name_or_folder, file, url)
+        config = OPTConfig(attention=attention, **hub.read_shape(find("config.json")), **sea)
+        with torch.device("meta"):                 # no memory, time or random numbers for what the file holds
+            model = cls(config)
+        for block in model.layers:
+            block.self_attn.attention = ATTENTIONS[attention](config)
+        shapes = {name: tuple(p.shape) for name, p in model.state_dict().items() if ".attention." not in name}
+        sharded = name_or_folder == "facebook/opt-6.7b" or (Path(name_or_folder) / hub.INDEX).is_file()
+        model.load_state_dict(hub.read_weights(find, sharded, shapes), strict=False, assign=True)
+        if context is not None:
+            model.set_context(context)
+        return model
+
+    def set_context(self, context):
+        """Change T: a longer table of positions is the old one interpolated, a shorter one its first rows."""
+        table, old = self.embed_positions.weight.data, self.config.context                    # 2+T C
+        self.config = replace(self.config, context=context)
+        if context > old:
+            print(f"positions: the {old} learned ones are interpolated linearly to {context}")
+            rows = F.interpolate(table[None, POSITION_OFFSET:].mT, context, mode="linear", align_corners=True)
+            table = torch.cat([table[:POSITION_OFFSET], rows[0].T])
+        table = table[:POSITION_OFFSET + context].clone()
+        self.embed_positions = nn.Embedding.from_pretrained(table, freeze=False)
+
     def attention_kl(self):
-        """Mean over the layers of the distance between estimate and teacher in the last forward; 0 without SEA."""
+        """Mean over layers of the distance from estimate to teacher in the last forward; 0 without SEA."""
         kls = [block.self_attn.attention.kl for block in self.layers if self.config.attention == "sea"]
         return sum(kls) / len(kls) if kls else torch.zeros(())
+
+    @torch.no_grad()
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None):
+        """Sample the tokens after idx (B, T), one (B, 1) at a time; temperature 0 takes the likeliest."""
+        for _ in range(max_new_tokens):
+            logits = self(idx[:, -self.config.context:])[0][:, -1].float()                    # B V
+            if top_k is not None:
+                logits[logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]] = -torch.inf
+            if temperature == 0:
+                token = logits.argmax(-1, keepdim=True)                                       # B 1
+            else:
+                token = torch.multinomial((logits / temperature).softmax(-1), 1)              # B 1
+            idx = torch.cat([idx, token], 1)
+            yield token
+
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
+        """Ids (B, T) -> (B, T + max_new_tokens); beyond the context, the model sees the last tokens alone."""
+        return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k)], 1)
+
+    def look(self, idx, layer, head):
+        """SEAttention.look: estimate, mask and attention (T, T) of one head on one sequence idx (1, T)."""
+        attention, seen = self.layers[layer].self_attn.attention, []
+        hook = attention.register_forward_pre_hook(lambda module, args: seen.extend(args[:3]))
+        self(idx)
+        hook.remove()
+        return tuple(picture[0, head] for picture in attention.look(*seen))
