@@ -72,9 +72,9 @@ def parse_arguments():
     group.add_argument("--out", default=argparse.SUPPRESS,
                        help="folder for ckpt.pt and log.csv (default: out; out-ATTENTION if that is not sea)")
     group.add_argument("--device", default="auto", choices=("auto", *PRESETS), help="auto: a GPU if any")
-    group.add_argument("--compile", action="store_true", help="torch.compile the model: a slow start, then faster")
+    group.add_argument("--compile", action="store_true", help="torch.compile: a slow start, then faster")
     add("eval_interval", "steps between validations")
-    group.add_argument("--eval-windows", type=int, default=400, help="windows of the split to validate on")
+    group.add_argument("--eval-windows", type=int, default=200, help="windows of the split to validate on")
     group.add_argument("--log-interval", type=int, default=10, help="steps between lines")
     args = complete(parser.parse_args(), PRESETS)
     args.out = getattr(args, "out", "out" if args.attention == "sea" else f"out-{args.attention}")
@@ -238,8 +238,8 @@ def main():
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
     precision, why = pick_precision(args.device)
     print(f"preset {args.device}:", *(f"{name} {getattr(args, name)}" for name in PRESETS[args.device]))
-    print(f"{args.attention} attention by {sea.implementation(args.device).__name__}.py, {why}, "
-          f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, data/{args.data}: {meta['source']}")
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {args.attention} attention "
+          f"({sea.implementation(args.device).__name__}.py), {why}; data/{args.data}: {meta['source']}")
 
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)

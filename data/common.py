@@ -79,7 +79,7 @@ def load(name, split=None):
     folder, again = FOLDER / name, f"prepare it again: python data/{name}.py"
     if not (folder / "meta.json").is_file():
         there = sorted(p.parent.name for p in FOLDER.glob("*/meta.json"))
-        scripts = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem != "common")
+        scripts = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem not in ("common", "hub"))
         fail(f"no data set data/{name}; ready: {', '.join(there) or 'none'}; "
              f"`python data/NAME.py` prepares NAME, one of {', '.join(scripts)}")
     try:

@@ -141,8 +141,8 @@ def data_folder(tmp_path, monkeypatch, text):
     """A folder for data sets, with one in it, called tiny."""
     monkeypatch.setattr(data.common, "FOLDER", tmp_path / "data")
     (tmp_path / "data" / "tiny").mkdir(parents=True)
-    texts = {"train": text[:9000].astype(np.uint8).tobytes().decode(), "val": "def f(x):\n    return x\n" * 50}
-    data.common.write("tiny", texts, "bytes", "a test")
+    source = text[:9000].astype(np.uint8).tobytes().decode()
+    data.common.write("tiny", {"train": source, "val": source[:1100]}, "bytes", "a test")
     monkeypatch.chdir(tmp_path)
     return tmp_path / "data"
 
@@ -222,11 +222,12 @@ def spoil(folder, what):
 
 
 @pytest.mark.parametrize("spoilt, more, hint", [
-    (None, "--data nowhere", "ready: tiny"), ("cut", "", "prepare it again"), ("gone", "", "prepare it again"),
-    ("large token", "", "65535"), ("meta", "", "prepare it again"), (None, "--context 10000", "--context under"),
-    (None, "--map-width 30", "multiple of 4"), (None, "--query-block 64", "1 to 32"), (None, "--lr fast", "--lr"),
-    (None, "--attention full", "sea"), (None, "--n-head 3", "multiple of n_head"), (None, "--wrong 1", "--help"),
-    (None, "--steps 0", "--steps"), (None, "--n-embd 24", "multiple of 8")])
+    ("cut", "", "prepare it again"), ("gone", "", "prepare it again"), ("meta", "", "prepare it again"),
+    ("large token", "", "65535"), (None, "--data nowhere", "ready: tiny"), (None, "--lr fast", "--lr"),
+    (None, "--map-width 30", "multiple of 4"), (None, "--query-block 64", "1 to 32"),
+    (None, "--attention full", "sea"), (None, "--n-head 3", "multiple of n_head"),
+    (None, "--n-embd 24", "multiple of 8"), (None, "--context 10000", "--context under"),
+    (None, "--steps 0", "--steps"), (None, "--wrong 1", "--help")])
 def test_mistakes_are_one_line_and_status_2(spoilt, more, hint, data_folder, monkeypatch, capsys):
     spoil(data_folder, spoilt)
     status, out, err = run(train, f"{TINY} {more}", monkeypatch, capsys)
