@@ -1,0 +1,448 @@
+"""
+Triton kernels for the steps of SEA that touch many keys or cells. sea.py has the same functions in PyTorch
+and is the reference: names, signatures and results agree, as do the letters B H T R D M W N.
+
+    cell_key_scores    one program a (batch, head, block, tile of cells)
+    select             one a query finds its threshold; one a block joins its queries and writes FlatCSR
+    attend             one a (batch, head, block), forward and backward
+    pool               one a (batch, head, ROWS queries of neighbouring blocks)
+
+Products take the inputs' dtype and add up in float32. With TRITON_INTERPRET=1 all runs on the CPU, for tests.
+"""
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch.autograd.function import once_differentiable
+
+from sea import FlatCSR, anchors, flat_csr_layout
+
+INTERPRETED = triton.knobs.runtime.interpret
+FLOATS = torch.bfloat16, torch.float16, torch.float32
+MAX_COLUMNS = 32768                         # of H*W: one program holds a query's row of the map in registers
+UPCAST = tl.constexpr(INTERPRETED)
+LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST, HIGHEST = tl.constexpr(-2 ** 31), tl.constexpr(2 ** 31 - 1)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What the wrappers and the kernels share
+
+def check(name, x, shape, dtypes, device):
+    """Say what is wrong with an input here, before a kernel reads past its end. A size of -1 may be any."""
+    if x.device != device or x.device.type != ("cpu" if INTERPRETED and not x.is_cuda else "cuda"):
+        raise ValueError(f"{name} is on {x.device}; the kernels need all their tensors on one CUDA device")
+    if x.dtype not in dtypes:
+        raise ValueError(f"{name} is {x.dtype}; it must be {' or '.join(map(str, dtypes))}")
+    if x.ndim != len(shape) or any(size not in (-1, found) for size, found in zip(shape, x.shape)):
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be {tuple(shape)}; -1 is any size")
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def check_sizes(D, M, W):
+    if D % 8 or not 8 <= D <= 128:
+        raise ValueError(f"the width of a head is {D}; the kernels take multiples of 8 up to 128")
+    if not 1 <= M <= 32 or W < 1:
+        raise ValueError(f"query_block is {M} and map_width {W}; they must be from 1 to 32 and 1 or more")
+
+
+def strided(x):
+    """x as the kernels take it: its address and all strides but the last, which is 1."""
+    return x, *x.stride()[:3]
+
+
+@triton.constexpr_function
+def padded(n):
+    """The size of a tile that holds n rows or columns: a power of two that the tensor cores take."""
+    return max(16, triton.next_power_of_2(n))
+
+
+@triton.jit
+def tile(x, b, h, rows, real, columns, width):
+    """Addresses, 64 bits wide, of rows (n,) and columns (m,) of one head of x, and which are real: (n, m)."""
+    row = x[0] + b.to(tl.int64) * x[1] + h.to(tl.int64) * x[2] + rows.to(tl.int64) * x[3]
+    return row[:, None] + columns[None, :], real[:, None] & (columns < width)[None, :]
+
+
+@triton.jit
+def load(x, b, h, rows, real, D: tl.constexpr):
+    """Rows (n,) of one head of x (B, H, T, D): (n, D padded with zeros)."""
+    address, mask = tile(x, b, h, rows, real, tl.arange(0, padded(D)), D)
+    return tl.load(address, mask=mask, other=0)
+
+
+@triton.jit
+def add(x, value, b, h, rows, real, D: tl.constexpr):
+    address, mask = tile(x, b, h, rows, real, tl.arange(0, padded(D)), D)
+    tl.atomic_add(address, value, mask=mask, sem="relaxed")
+
+
+@triton.jit
+def dot(x, y):
+    """float32 stays float32: the tensor cores' tf32 keeps 10 bits."""
+    if UPCAST:                             # the interpreter would multiply bfloat16's bits as integers
+        x, y = x.to(tl.float32), y.to(tl.float32)
+    return tl.dot(x, y, input_precision="ieee")
+
+
+@triton.jit
+def queries_of(first_row, R, M: tl.constexpr):
+    """The program's block among those of rows first_row .. first_row + R-1: anchor, index m of its queries in
+    the block, their row in q, and which of the tile's rows are real."""
+    a, m = (first_row // M + tl.program_id(0)) * M, tl.arange(0, padded(M))
+    row = a + m - first_row
+    return a, m, row, (m < M) & (row >= 0) & (row < R)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Cell keys
+#
+#   for each block, for each tile of its cells:
+#       mean = (k_sum[end] - k_sum[start]) / (end - start)                   CELLS D, in registers alone
+#       scores = q mean^T                                                    M CELLS
+
+@triton.jit
+def cell_means(k_sum, b, h, cell, a, D: tl.constexpr, W: tl.constexpr):
+    """Mean key of each cell, 0 for an empty one: (n, D)."""
+    start, end = cell.to(tl.int64) * a // W, (cell + 1).to(tl.int64) * a // W
+    real, size = (cell < W) & (end > start), tl.maximum(end - start, 1).to(tl.float32)
+    return (load(k_sum, b, h, end, real, D) - load(k_sum, b, h, start, real, D)) / size[:, None]
+
+
+@triton.jit(do_not_specialize=["first_row", "R", "H"])
+def cell_key_scores_kernel(q, k_sum, scores, first_row, R, H,
+                           D: tl.constexpr, M: tl.constexpr, W: tl.constexpr, CELLS: tl.constexpr):
+    b, h = tl.program_id(2) // H, tl.program_id(2) % H
+    a, m, row, real = queries_of(first_row, R, M)
+    cell = tl.program_id(1) * CELLS + tl.arange(0, CELLS)
+    q_tile, mean = load(q, b, h, row, real, D), cell_means(k_sum, b, h, cell, a, D, W)
+    address, mask = tile(scores, b, h, row, real, cell, W)
+    tl.store(address, dot(q_tile, tl.trans(mean.to(q_tile.dtype))), mask=mask)
+
+
+@torch.no_grad()
+@torch.compiler.disable
+def cell_key_scores(q, k_sum, query_block, map_width, first_row=0):
+    """q_t . mean of the keys in each cell, 0 for an empty one: q (B, H, R, D), k_sum = running_sum(k)
+    (B, H, T + 1, D) float32 -> (B, H, R, W) float32. No gradient: the estimate reads q and k as they are."""
+    q = check("q", q, (-1, -1, -1, -1), FLOATS, q.device)
+    B, H, R, D = q.shape
+    k_sum = check("k_sum", k_sum, (B, H, -1, D), [torch.float32], q.device)
+    check_sizes(D, query_block, map_width)
+    T, blocks, cells = k_sum.shape[2] - 1, anchors(first_row, R, query_block), 4096 // padded(D)
+    if first_row + R > T:
+        raise ValueError(f"rows {first_row} to {first_row + R - 1} of the map need more than {T} keys")
+    scores = torch.empty(B, H, R, map_width, device=q.device)
+    cell_key_scores_kernel[len(blocks), triton.cdiv(map_width, cells), B * H](
+        strided(q), strided(k_sum), strided(scores), first_row=first_row, R=R, H=H,
+        D=D, M=query_block, W=map_width, CELLS=cells, num_warps=4)
+    return scores
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Select
+#
+#   for each query, its H*W estimates in registers:
+#       bisect for the level that `budget` of them reach, over float bits, whose order is that of the floats
+#       of those that equal the level the first ones go in: bisect for the column in front of which they lie
+#   for each block, COLUMNS columns at a time:
+#       for each of its M queries:  bits |= chosen << m
+#       write the columns with any bit, each at its rank
+
+@triton.jit
+def load_row(mass, b, row, R, column, a, H: tl.constexpr, W: tl.constexpr):
+    """A query's estimates as integers in torch.sort's order: NaN highest, -0 as 0; empty cells lowest."""
+    h, c, few = column // W, column % W, tl.minimum(a, W)
+    heads = tl.where(row < 0, 0, tl.where(row < R, H, 0))                   # none of a row that isn't there
+    address = mass[0] + b.to(tl.int64) * mass[1] + row.to(tl.int64) * mass[3] + h.to(tl.int64) * mass[2] + c
+    x = tl.load(address, mask=h < heads, other=0).to(tl.float32)            # four at a time: not yet `full`
+    full = (h < heads) & ((c + 1) * few // W > c * few // W)
+    bits = x.to(tl.int32, bitcast=True)
+    bits = tl.where(bits < 0, bits ^ HIGHEST, bits)
+    bits = tl.where(x == 0, 0, tl.where(x != x, HIGHEST, bits))
+    return tl.where(full, bits, LOWEST)
+
+
+@triton.jit(do_not_specialize=["first_row"])
+def threshold_kernel(mass, budget, level, limit, first_row,
+                     H: tl.constexpr, W: tl.constexpr, M: tl.constexpr, COLUMNS: tl.constexpr):
+    row, b, R, column = tl.program_id(0), tl.program_id(1), tl.num_programs(0), tl.arange(0, COLUMNS)
+    block = (first_row + row) // M
+    wanted = tl.load(budget + block - first_row // M).to(tl.int32)
+    x = load_row(mass, b, row, R, column, block * M, H, W)
+    low, high = tl.min(tl.where(x == LOWEST, HIGHEST, x)), tl.max(x)
+    while low < high:                                  # low is reached by `wanted` or more, high + 1 by fewer
+        middle = (low | high) - ((low ^ high) >> 1)    # (low + high + 1) // 2, which could overflow
+        reach = tl.sum((x >= middle).to(tl.int32))
+        low = tl.where(reach >= wanted, middle, low)
+        high = tl.where(reach > wanted, high, tl.where(reach == wanted, middle, middle - 1))
+    place, ties = tl.where(x == low, column, HIGHEST), wanted - tl.sum((x > low).to(tl.int32))
+    left, right = tl.where(tl.sum((x == low).to(tl.int32)) > ties, 0, H * W), H * W
+    while left < right:                                # the first column with `ties` equal ones before it
+        middle = (left + right) // 2
+        enough = tl.sum((place < middle).to(tl.int32)) >= ties
+        left, right = tl.where(enough, left, middle + 1), tl.where(enough, middle, right)
+    tl.store(level + b.to(tl.int64) * R + row, low)
+    tl.store(limit + b.to(tl.int64) * R + row, left)
+
+
+@triton.jit(do_not_specialize=["first_row", "R", "room"])
+def flat_csr_kernel(mass, level, limit, first, crow, cells, queries, first_row, R, room,
+                    H: tl.constexpr, W: tl.constexpr, M: tl.constexpr, COLUMNS: tl.constexpr):
+    n, b = tl.program_id(0), tl.program_id(1)
+    a, start = (first_row // M + n) * M, tl.load(first + n)
+    run = crow + (b.to(tl.int64) * tl.num_programs(0) + n) * (H + 1)
+    tl.store(run, start)
+    for c in range(0, H * W, COLUMNS):
+        column, bits = c + tl.arange(0, COLUMNS), tl.zeros([COLUMNS], tl.int32)
+        for m in range(M):
+            row = a + m - first_row
+            x = load_row(mass, b, row, R, column, a, H, W)
+            at = b.to(tl.int64) * R + tl.minimum(tl.maximum(row, 0), R - 1)
+            low, end = tl.load(level + at), tl.load(limit + at)
+            bits |= ((x > low) | ((x == low) & (column < end))).to(tl.int32) << m
+        used = (bits != 0).to(tl.int32)
+        entries = start + tl.cumsum(used)                                   # up to and with this column
+        at = b.to(tl.int64) * room + entries - 1
+        tl.store(cells + at, column, mask=bits != 0)
+        tl.store(queries + at, bits, mask=bits != 0)
+        tl.store(run + 1 + column // W, entries, mask=(column % W == W - 1) & (column < H * W))
+        start += tl.sum(used)
+
+
+@functools.lru_cache(maxsize=256)
+def layout(first_row, R, H, M, W, keys_per_query, device):
+    """flat_csr_layout on the device, kept: sizes alone decide it, so nothing waits for the GPU."""
+    budget, first, room = flat_csr_layout(anchors(first_row, R, M), H, M, W, keys_per_query)
+    return budget.to(device, non_blocking=True), first.to(device, non_blocking=True), room
+
+
+@torch.compiler.disable
+def select(mass, query_block, keys_per_query, first_row=0):
+    """Give each query its cell_budget largest estimates over all heads; of equal ones the lower column first.
+
+    mass (B, H, R, W): the estimated mass of each cell -> FlatCSR. Empty cells are never selected.
+    """
+    mass = check("mass", mass, (-1, -1, -1, -1), FLOATS, mass.device)
+    (B, H, R, W), M, device = mass.shape, query_block, mass.device
+    check_sizes(8, M, W)
+    if H * W > MAX_COLUMNS:
+        raise ValueError(f"{H} heads x {W} cells are {H * W} columns; the kernels take up to {MAX_COLUMNS}")
+    budget, first, room = layout(first_row, R, H, M, W, keys_per_query, device)
+    level, limit = (torch.empty(B, R, dtype=torch.int32, device=device) for _ in range(2))
+    crow = torch.empty(B, len(first), H + 1, dtype=torch.int64, device=device)
+    cells, queries = (torch.zeros(B, room, dtype=torch.int32, device=device) for _ in range(2))
+    columns = triton.next_power_of_2(H * W)
+    threshold_kernel[R, B](
+        strided(mass), budget, level, limit, first_row,
+        H=H, W=W, M=M, COLUMNS=columns, num_warps=max(1, columns // 2048))
+    flat_csr_kernel[len(first), B](
+        strided(mass), level, limit, first, crow, cells, queries, first_row, R, room,
+        H=H, W=W, M=M, COLUMNS=min(columns, 4096), num_warps=8)
+    return FlatCSR(crow, cells, queries, first_row + R, M, W)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Attend
+#
+#   for each block and head, its M queries as one tile:
+#       for SLOTS slots at a time, first one for each key of the own block, then span = ceil(a / W) for each
+#       entry of the run:
+#           key = start of cell (slot // span) + slot % span, masked past the cell's end and by a query's bit
+#           online softmax: new maximum, rescale, add
+#
+# The own block comes first, so that each query has a key, itself, in the first tile: no maximum is ever -inf.
+
+@triton.jit
+def run_of(crow, b, h, N, room, H):
+    """Where the head's run of the program's block begins in cells and queries, and its number of entries."""
+    n = N - tl.num_programs(0) + tl.program_id(0)                       # the last of N blocks have a query
+    at = crow + (b.to(tl.int64) * N + n) * (H + 1) + h
+    begin, end = tl.load(at), tl.load(at + 1)
+    return b.to(tl.int64) * room + begin, (end - begin).to(tl.int32)
+
+
+@triton.jit
+def slots(s, begin, count, cells, queries, h, a, T, M: tl.constexpr, W: tl.constexpr, SLOTS: tl.constexpr):
+    """Slots s .. s + SLOTS-1 of a block: their keys, and the bits of the queries that attend to them."""
+    slot, span = s + tl.arange(0, SLOTS), tl.maximum((a + W - 1) // W, 1)
+    own, entry, offset = slot < M, (slot - M) // span, (slot - M) % span
+    chosen = (slot >= M) & (entry < count)
+    cell = (tl.load(cells + begin + entry, mask=chosen, other=0) - h * W).to(tl.int64)
+    bits = tl.load(queries + begin + entry, mask=chosen, other=0)
+    later = tl.full([SLOTS], -1, tl.int32) << tl.minimum(slot, 31)          # itself and the queries after it
+    key, end = tl.where(own, a + slot, cell * a // W + offset), tl.where(own, T, (cell + 1) * a // W)
+    return key, tl.where(key < end, tl.where(own, later, bits), 0)
+
+
+@triton.jit(do_not_specialize=["T", "R", "N", "room", "H"])
+def attend_kernel(q, k, v, out, lse, crow, cells, queries, T, R, N, room, H,
+                  D: tl.constexpr, M: tl.constexpr, W: tl.constexpr, SLOTS: tl.constexpr):
+    b, h = tl.program_id(1) // H, tl.program_id(1) % H
+    a, m, row, real = queries_of(T - R, R, M)
+    q_tile = load(q, b, h, row, real, D)
+    sums, total = tl.zeros([padded(M), padded(D)], tl.float32), tl.zeros([padded(M)], tl.float32)
+    top = total - float("inf")
+    begin, count = run_of(crow, b, h, N, room, H)
+    for s in range(0, M + count * ((a + W - 1) // W), SLOTS):
+        key, bits = slots(s, begin, count, cells, queries, h, a, T, M, W, SLOTS)
+        k_tile, v_tile = load(k, b, h, key, bits != 0, D), load(v, b, h, key, bits != 0, D)
+        allowed = (bits[None, :] >> m[:, None] & 1) != 0
+        score = tl.where(allowed, dot(q_tile, tl.trans(k_tile)) * LOG2E, -float("inf"))
+        new_top = tl.maximum(top, tl.max(score, 1))
+        p, shrink = tl.exp2(score - new_top[:, None]), tl.exp2(top - new_top)
+        sums = sums * shrink[:, None] + dot(p.to(v_tile.dtype), v_tile)
+        total, top = total * shrink + tl.sum(p, 1), new_top
+    address, mask = tile(out, b, h, row, real, tl.arange(0, padded(D)), D)
+    tl.store(address, sums / total[:, None], mask=mask)
+    tl.store(lse + tl.program_id(1).to(tl.int64) * R + row, top + tl.log2(total), mask=real)
+
+
+# Backward, with p = 2^(score - lse) and delta = sum_d dout out:
+#
+#   dv += p^T dout        dscore = p (dout v^T - delta)        dq = dscore k        dk += dscore^T q
+#
+# A key's gradient comes from every later block that chose it. float32 atomics add them up: sm_90 does four
+# at a time, and a transposed FlatCSR, which would need none, costs a sort and memory. So dk and dv vary in
+# the last bits from run to run.
+
+@triton.jit(do_not_specialize=["T", "R", "N", "room", "H"])
+def attend_backward_kernel(q, k, v, out, lse, dout, dq, dk, dv, crow, cells, queries, T, R, N, room, H,
+                           D: tl.constexpr, M: tl.constexpr, W: tl.constexpr, SLOTS: tl.constexpr):
+    b, h = tl.program_id(1) // H, tl.program_id(1) % H
+    a, m, row, real = queries_of(T - R, R, M)
+    q_tile, dout_tile = load(q, b, h, row, real, D), load(dout, b, h, row, real, D)
+    lse_tile = tl.load(lse + tl.program_id(1).to(tl.int64) * R + row, mask=real, other=0)
+    delta = tl.sum(dout_tile.to(tl.float32) * load(out, b, h, row, real, D), 1)
+    dq_tile = tl.zeros([padded(M), padded(D)], tl.float32)
+    begin, count = run_of(crow, b, h, N, room, H)
+    for s in range(0, M + count * ((a + W - 1) // W), SLOTS):
+        key, bits = slots(s, begin, count, cells, queries, h, a, T, M, W, SLOTS)
+        k_tile, v_tile = load(k, b, h, key, bits != 0, D), load(v, b, h, key, bits != 0, D)
+        allowed = ((bits[None, :] >> m[:, None] & 1) != 0) & real[:, None]
+        p = tl.where(allowed, tl.exp2(dot(q_tile, tl.trans(k_tile)) * LOG2E - lse_tile[:, None]), 0)
+        add(dv, dot(tl.trans(p.to(q_tile.dtype)), dout_tile), b, h, key, bits != 0, D)
+        dscore = (p * (dot(dout_tile, tl.trans(v_tile)) - delta[:, None])).to(q_tile.dtype)
+        add(dk, dot(tl.trans(dscore), q_tile), b, h, key, bits != 0, D)
+        dq_tile += dot(dscore, k_tile)
+    address, mask = tile(dq, b, h, row, real, tl.arange(0, padded(D)), D)
+    tl.store(address, dq_tile, mask=mask)
+
+
+class Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, crow, cells, queries, M, W):
+        (B, H, R, D), T = q.shape, k.shape[2]
+        ctx.grid = len(anchors(T - R, R, M)), B * H
+        ctx.sizes = dict(T=T, R=R, N=crow.shape[1], room=cells.shape[1], H=H, D=D, M=M, W=W)
+        out, lse = torch.empty_like(q), torch.empty(B, H, R, device=q.device)
+        attend_kernel[ctx.grid](*map(strided, (q, k, v, out)), lse, crow, cells, queries, **ctx.sizes,
+                                SLOTS=128 // q.element_size(), num_warps=4, num_stages=3)
+        ctx.save_for_backward(q, k, v, out, lse, crow, cells, queries)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        q, k, v, out, lse, *mask = ctx.saved_tensors
+        dq, (dk, dv) = torch.empty_like(q), torch.zeros(2, *k.shape, device=q.device)
+        dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+        attend_backward_kernel[ctx.grid](
+            *map(strided, (q, k, v, out)), lse, *map(strided, (dout, dq, dk, dv)), *mask, **ctx.sizes,
+            SLOTS=64 // q.element_size(), num_warps=max(4, padded(q.shape[3]) // 16), num_stages=1)
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None, None, None
+
+
+@torch.compiler.disable
+def attend(q, k, v, mask):
+    """Exact attention to the selected cells and the own block: q (B, H, R, D), the last R of T, k and v
+    (B, H, T, D), mask FlatCSR -> (B, H, R, D)."""
+    q = check("q", q, (-1, -1, -1, -1), FLOATS, q.device)
+    (B, H, R, D), T, M, W = q.shape, mask.T, mask.query_block, mask.map_width
+    k, v = (check(name, x, (B, H, T, D), [q.dtype], q.device) for name, x in (("k", k), ("v", v)))
+    crow = check("crow", mask.crow, (B, -1, H + 1), [torch.int64], q.device).contiguous()
+    cells = check("cells", mask.cells, (B, -1), [torch.int32], q.device).contiguous()
+    queries = check("queries", mask.queries, cells.shape, [torch.int32], q.device).contiguous()
+    check_sizes(D, M, W)
+    if not 1 <= R <= T or crow.shape[1] < len(anchors(T - R, R, M)):
+        raise ValueError(f"{R} queries need more than the mask's {T} keys and {crow.shape[1]} blocks")
+    return Attend.apply(q, k, v, crow, cells, queries, M, W)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Pool
+#
+#   for each group of neighbouring blocks, ROWS queries as one tile, which load a key once for all of them:
+#       log-sum-exp of q k over the past keys
+#       for CELLS cells at a time, over the keys that they hold in any of the blocks:
+#           p = exp(q k - lse)                                          ROWS KEYS
+#           sums += p (does the key lie in the cell?)                   ROWS blocks*CELLS
+#       keep a query's sums over the cells of its own block
+#
+# A query needs no other block's cells, but tensor cores give them nearly for free, and nothing is scattered.
+
+@triton.jit
+def past_scores(q, k, b, h, key, a, D: tl.constexpr):
+    score = dot(q, tl.trans(load(k, b, h, key, key < tl.max(a), D)))
+    return tl.where(key[None, :] < a[:, None], score * LOG2E, -float("inf"))
+
+
+@triton.jit
+def past_lse(q, k, b, h, a, j, D: tl.constexpr):
+    """Base-2 log-sum-exp of each query's scores over keys [0, a); 0 where there is none."""
+    top, total = tl.full(a.shape, -1e30, tl.float32), tl.zeros(a.shape, tl.float32)
+    for start in range(0, tl.max(a), j.shape[0]):
+        score = past_scores(q, k, b, h, start + j, a, D)
+        new_top = tl.maximum(top, tl.max(score, 1))
+        total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(score - new_top[:, None]), 1)
+        top = new_top
+    return tl.where(a > 0, top + tl.log2(total), 0)
+
+
+@triton.jit(do_not_specialize=["T", "N", "rows", "H"])
+def pool_kernel(q, k, blocks, out, T, N, rows, H, D: tl.constexpr, M: tl.constexpr, W: tl.constexpr,
+                ROWS: tl.constexpr, KEYS: tl.constexpr, CELLS: tl.constexpr):
+    b, h = tl.program_id(1) // H, tl.program_id(1) % H
+    group = (tl.num_programs(0) - 1 - tl.program_id(0)) * (ROWS // padded(M))     # the longest first
+    i, x, j = tl.arange(0, ROWS), tl.arange(0, ROWS // padded(M) * CELLS), tl.arange(0, KEYS)
+    n, n_cell, m = group + i // padded(M), group + x // CELLS, i % padded(M)
+    a_cell = tl.load(blocks + n_cell, mask=n_cell < N, other=0) * M             # int64
+    a = tl.load(blocks + n, mask=n < N, other=0).to(tl.int32) * M
+    first, real = tl.min(tl.where(n < N, a, T)), (m < M) & (n < N) & (a + m < T)
+    q_tile, a = load(q, b, h, a + m, real, D), tl.where(real, a, 0)
+    last, lse = tl.max(a), past_lse(q_tile, k, b, h, a, j, D)
+    address, mask = tile(out, b, h, n * M + m, (m < M) & (n * M + m < rows), x % CELLS, W)
+    mask = mask & ((i // padded(M))[:, None] == (x // CELLS)[None, :])
+    for c in range(0, W, CELLS):
+        cell, sums = c + x % CELLS, tl.zeros([ROWS, ROWS // padded(M) * CELLS], tl.float32)
+        begin, end = (cell * a_cell // W).to(tl.int32), ((cell + 1) * a_cell // W).to(tl.int32)
+        low = (first.to(tl.int64) * c // W).to(tl.int32)
+        high = (last.to(tl.int64) * tl.minimum(c + CELLS, W) // W).to(tl.int32)
+        for start in range(low, high, KEYS):
+            key = start + j
+            p = tl.exp2(past_scores(q_tile, k, b, h, key, a, D) - lse[:, None])
+            inside = (key[:, None] >= begin[None, :]) & (key[:, None] < end[None, :])
+            sums += dot(p.to(q_tile.dtype), tl.where(inside, 1.0, 0.0).to(q_tile.dtype))
+        tl.store(address + c, sums, mask=mask & (cell < W)[None, :])
+
+
+@torch.no_grad()
+@torch.compiler.disable
+def pool(q, k, query_block, map_width, blocks=None):
+    """The attention mass of q over k in each cell of the past, renormalised there; zeros without a past.
+
+    q, k (B, H, T, D) -> (B, H, T, W) float32. For `blocks`, N int64 indices: (B, H, N*M, W), zeros beyond T;
+    quickest if they ascend, since neighbours in it share their keys.
+    """
+    q = check("q", q, (-1, -1, -1, -1), FLOATS, q.device)
+    (B, H, T, D), M, W = q.shape, query_block, map_width
+    k = check("k", k, q.shape, [q.dtype], q.device)
+    check_sizes(D, M, W)
+    some = torch.arange(triton.cdiv(T, M), device=q.device) if blocks is None else blocks.to(q.device)
+    some = check("blocks", some, (-1,), [torch.int64], q.device).contiguous()
+    out = torch.empty(B, H, T if blocks is None else len(some) * M, W, device=q.device)
+    pool_kernel[triton.cdiv(len(some), 64 // padded(M)), B * H](
+        strided(q), strided(k), some, strided(out), T, len(some), out.shape[2], H, D=D, M=M, W=W, ROWS=64,
+        KEYS=min(64, 8192 // q.element_size() // padded(D)), CELLS=padded(M), num_warps=4, num_stages=2)
+    return out
