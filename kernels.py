@@ -212,9 +212,10 @@ def flat_csr_kernel(mass, level, limit, first, crow, cells, queries, first_row, 
 
 
 @functools.lru_cache(maxsize=256)
-def layout(first_row, R, H, M, W, keys_per_query, device):
+def layout(first_block, N, H, M, W, keys_per_query, device):
     """flat_csr_layout on the device, kept: sizes alone decide it, so nothing waits for the GPU."""
-    budget, first, room = flat_csr_layout(anchors(first_row, R, M), H, M, W, keys_per_query)
+    anchor = anchors(first_block * M, N * M, M)
+    budget, first, room = flat_csr_layout(anchor, H, M, W, keys_per_query)
     return budget.to(device, non_blocking=True), first.to(device, non_blocking=True), room
 
 
@@ -229,7 +230,8 @@ def select(mass, query_block, keys_per_query, first_row=0):
     check_sizes(8, M, W)
     if H * W > MAX_COLUMNS:
         raise ValueError(f"{H} heads x {W} cells are {H * W} columns; the kernels take up to {MAX_COLUMNS}")
-    budget, first, room = layout(first_row, R, H, M, W, keys_per_query, device)
+    N = len(anchors(first_row, R, M))
+    budget, first, room = layout(first_row // M, N, H, M, W, keys_per_query, device)
     level, limit = (torch.empty(B, R, dtype=torch.int32, device=device) for _ in range(2))
     crow = torch.empty(B, len(first), H + 1, dtype=torch.int64, device=device)
     cells, queries = (torch.zeros(B, room, dtype=torch.int32, device=device) for _ in range(2))

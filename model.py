@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import hub
-from sea import SEAConfig, SEAttention, attend_rows, kernel_attention, orthogonal_features
+from sea import Cache, SEAConfig, SEAttention, attend_rows, kernel_attention, orthogonal_features
 
 POSITION_OFFSET = 2      # OPT keeps rows 0 and 1 of its position table for padding
 
@@ -53,8 +53,11 @@ class DenseAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
 
-    def forward(self, q, k, v, teacher=None):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
+    def forward(self, q, k, v, teacher=None, cache=None):
+        R, T = q.shape[2], k.shape[2]
+        if 1 < R < T:
+            return attend_rows(q, k, v, lambda rows: rows[:, None] >= torch.arange(T, device=q.device))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=R > 1, scale=1.0)
 
 
 class PerformerAttention(nn.Module):
@@ -65,8 +68,10 @@ class PerformerAttention(nn.Module):
         D = config.n_embd // config.n_head
         self.register_buffer("omega", orthogonal_features(D, config.num_features))
 
-    def forward(self, q, k, v, teacher=None):
-        return kernel_attention(q, k, v, self.omega)[0].to(v.dtype)
+    def forward(self, q, k, v, teacher=None, cache=None):
+        cache, R = cache or Cache(), q.shape[2]
+        out, *cache.sums = kernel_attention(q, k[:, :, -R:], v[:, :, -R:], self.omega, *cache.sums)
+        return out.to(v.dtype)
 
 
 class WindowAttention(nn.Module):
@@ -83,7 +88,10 @@ class WindowAttention(nn.Module):
         t, j = rows[:, None], torch.arange(T, device=rows.device)
         return (j <= t) & ((j > t - self.last) | (j < self.FIRST))
 
-    def forward(self, q, k, v, teacher=None):
+    def forward(self, q, k, v, teacher=None, cache=None):
+        if q.shape[2] == 1:                           # in decoding the keys between are not even read
+            ends = lambda x: torch.cat([x[:, :, :self.FIRST], x[:, :, self.FIRST:][:, :, -self.last:]], 2)
+            return F.scaled_dot_product_attention(q, ends(k), ends(v), scale=1.0)
         return attend_rows(q, k, v, lambda rows: self.allowed(rows, k.shape[2]))
 
 
@@ -99,12 +107,14 @@ class SelfAttention(nn.Module):
                                                                 for _ in range(4))
         self.attention = ATTENTIONS[config.attention](config)
 
-    def forward(self, x, teacher=None):
+    def forward(self, x, teacher=None, cache=None):
         q, k, v = self.q_proj(x) * self.scale, self.k_proj(x), self.v_proj(x)                 # B T C
         q, k, v = (y.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for y in (q, k, v))     # B H T D
-        if teacher is None and self.training:         # from scratch, the model's own attention is its teacher
-            teacher = q.detach(), k.detach()
-        y = self.attention(q, k, v, teacher)                                                  # B H T D
+        if cache is not None:                         # q stays the last R of T rows
+            k, v = cache.extend("k", k), cache.extend("v", v)                                 # B H T D
+        elif teacher is None and self.training:       # from scratch, the model's own attention is its teacher
+            teacher = q, k
+        y = self.attention(q, k, v, teacher, cache=cache)                                     # B H R D
         return self.out_proj(y.transpose(1, 2).flatten(2))                                    # B T C
 
 
@@ -118,12 +128,12 @@ class Block(nn.Module):
         self.fc1 = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.fc2 = nn.Linear(4 * config.n_embd, config.n_embd)
 
-    def forward(self, x, teacher=None):
+    def forward(self, x, teacher=None, cache=None):
         mlp = lambda x: self.fc2(F.relu(self.fc1(x)))
         if self.post_norm:
-            x = self.self_attn_layer_norm(x + self.self_attn(x, teacher))
+            x = self.self_attn_layer_norm(x + self.self_attn(x, teacher, cache))
             return self.final_layer_norm(x + mlp(x))
-        x = x + self.self_attn(self.self_attn_layer_norm(x), teacher)
+        x = x + self.self_attn(self.self_attn_layer_norm(x), teacher, cache)
         return x + mlp(self.final_layer_norm(x))
 
 
@@ -131,6 +141,7 @@ class OPT(nn.Module):
     """OPT(config)(idx, targets=None) -> logits, loss: ids (B, T) int64 -> (B, T, V), nats a token.
 
     teacher: for each layer the (q, k) that a SEA layer's estimate should match, see SEAttention.
+    cache: from new_cache, holds the tokens before idx, and idx afterwards; for use under torch.no_grad.
     """
 
     def __init__(self, config):
@@ -156,14 +167,18 @@ class OPT(nn.Module):
                 residual = name.endswith(("out_proj.weight", "fc2.weight"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
 
-    def forward(self, idx, targets=None, teacher=None):
-        B, T = idx.shape
-        if T > self.config.context:
-            raise ValueError(f"{T} tokens do not fit in this model's context of {self.config.context}")
-        position = torch.arange(T, device=idx.device) + POSITION_OFFSET
-        x = self.project_in(self.embed_tokens(idx)) + self.embed_positions(position)          # B T C
-        for block, queries_keys in zip(self.layers, teacher or [None] * len(self.layers)):
-            x = block(x, queries_keys)
+    def forward(self, idx, targets=None, teacher=None, cache=None):
+        past, room = (cache[0].T, cache[0].room) if cache else (0, self.config.context)
+        T = past + idx.shape[1]
+        if T > room:
+            raise ValueError(f"{T} tokens do not fit in this model's context, which has room for {room}")
+        position = torch.arange(past, T, device=idx.device) + POSITION_OFFSET
+        x = self.project_in(self.embed_tokens(idx)) + self.embed_positions(position)          # B R C
+        none = [None] * len(self.layers)
+        for block, queries_keys, kept in zip(self.layers, teacher or none, cache or none):
+            x = block(x, queries_keys, kept)
+        for kept in cache or []:
+            kept.T = T
         x = self.project_out(self.final_layer_norm(x))                                        # B T E
         logits = F.linear(x, self.embed_tokens.weight)                                        # B T V
         if targets is None:
@@ -207,22 +222,42 @@ class OPT(nn.Module):
         kls = [block.self_attn.attention.kl for block in self.layers if self.config.attention == "sea"]
         return sum(kls) / len(kls) if kls else torch.zeros(())
 
+    def set_keys_per_query(self, keys_per_query):
+        """Let SEA select more or fewer keys from now on; no weight depends on how many."""
+        if self.config.attention != "sea":
+            raise ValueError(f"{self.config.attention} attention selects no keys")
+        self.config = replace(self.config, keys_per_query=keys_per_query)
+        for block in self.layers:
+            block.self_attn.attention.config = self.config.sea()
+
+    def new_cache(self, room=math.inf):
+        """An empty cache for `room` tokens, or for the context if that is less: one sea.Cache a layer."""
+        return [Cache(min(room, self.config.context)) for _ in self.layers]
+
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None):
-        """Sample the tokens after idx (B, T), one (B, 1) at a time; temperature 0 takes the likeliest."""
+        """Sample the tokens after idx (B, T), one (B, 1) at a time; temperature 0 takes the likeliest.
+
+        When the context is full, the model starts again from the last half of it, read as a new prompt.
+        """
+        context, text = self.config.context, [idx]
+        cache, new = self.new_cache(idx.shape[1] + max_new_tokens), idx[:, -context:]
         for _ in range(max_new_tokens):
-            logits = self(idx[:, -self.config.context:])[0][:, -1].float()                    # B V
+            if cache[0].T == context:
+                new = torch.cat(text, 1)[:, -max(1, context // 2):]
+                cache, text = self.new_cache(), [new]
+            logits = self(new, cache=cache)[0][:, -1].float()                                 # B V
             if top_k is not None:
                 logits[logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]] = -torch.inf
             if temperature == 0:
-                token = logits.argmax(-1, keepdim=True)                                       # B 1
+                new = logits.argmax(-1, keepdim=True)                                         # B 1
             else:
-                token = torch.multinomial((logits / temperature).softmax(-1), 1)              # B 1
-            idx = torch.cat([idx, token], 1)
-            yield token
+                new = torch.multinomial((logits / temperature).softmax(-1), 1)                # B 1
+            text.append(new)
+            yield new
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
-        """Ids (B, T) -> (B, T + max_new_tokens); beyond the context, the model sees the last tokens alone."""
+        """Ids (B, T) -> (B, T + max_new_tokens), sampled by stream."""
         return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k)], 1)
 
     def look(self, idx, layer, head):

@@ -86,9 +86,16 @@ def running_dtype(x):
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def running_sum(x):
-    """(B, H, T, D) -> (B, H, T + 1, D): row t is the sum of rows 0 .. t-1 of x."""
-    return F.pad(x.cumsum(2, dtype=running_dtype(x)), (0, 0, 1, 0))
+def wide(x):
+    """float16 as float32, since scores may pass 65504; all else as it is."""
+    return x.float() if x.dtype == torch.float16 else x
+
+
+def running_sum(x, start=0.):
+    """(B, H, T, D) -> (B, H, T + 1, D): row t is start + the sum of rows 0 .. t-1. It is large: in place."""
+    sums = x.new_empty(*x.shape[:2], x.shape[2] + 1, x.shape[3], dtype=running_dtype(x))
+    sums[:, :, :1], sums[:, :, 1:] = start, x
+    return sums.cumsum_(2)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -190,8 +197,29 @@ def attend_rows(q, k, v, allowed, chunk=256):
 def attend(q, k, v, mask):
     """Exact attention to the selected cells and the own block: q (B, H, R, D), the last R queries of T,
     k, v (B, H, T, D), mask FlatCSR -> (B, H, R, D)."""
+    if q.shape[2] == 1:
+        return attend_last(q, k, v, mask)
     chosen = selected_cells(mask)                                                             # B H NM W
     return attend_rows(q, k, v, lambda rows: allowed_keys(mask, chosen, rows))
+
+
+def attend_last(q, k, v, mask):
+    """attend for the last query alone, q (B, H, 1, D), as in decoding: reads its own keys and not all T."""
+    (B, H, T, D), M, W, device = k.shape, mask.query_block, mask.map_width, k.device
+    a = torch.tensor([(T - 1) // M * M], device=device)
+    bounds = F.pad(cell_bounds(a, W)[0], (0, 1), value=T)           # W+2: the own block is one more cell
+    chosen = F.pad(selected_cells(mask)[:, :, (T - 1) % M - M], (0, 1), value=True)           # B H W+1
+    head, cell = chosen.flatten(0, 1).nonzero(as_tuple=True)        # every run of keys that a head reads
+    keys = bounds[cell, None] + torch.arange(int(bounds.diff().max()), device=device)         # runs span
+    run, offset = (keys < bounds[cell + 1, None]).nonzero(as_tuple=True)
+    head, key = head[run], keys[run, offset]                        # S each: every key, all heads in one list
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))                                            # BH T D
+    score = (wide(q)[head, 0] * k[head, key]).sum(-1, dtype=running_dtype(q))                 # S
+    top = score.new_full((B * H,), -torch.inf).scatter_reduce(0, head, score.detach(), "amax")
+    p = (score - top[head]).exp()                                                             # S
+    total = torch.zeros_like(top).index_add(0, head, p)                                       # BH
+    out = p.new_zeros(B * H, D).index_add(0, head, p[:, None] * v[head, key])                 # BH D
+    return (out / total[:, None]).to(q.dtype).view(B, H, 1, D)
 
 
 def pool(q, k, query_block, map_width, blocks=None, chunk=256):
@@ -205,7 +233,7 @@ def pool(q, k, query_block, map_width, blocks=None, chunk=256):
         rows = (few[:, None] * M + torch.arange(M, device=q.device)).flatten()                # R
         past, cell = cell_of_key(rows, T, M, W)                                               # R T
         past = past & (rows < T)[:, None]
-        scores = (q[:, :, rows.clamp(max=T - 1)] @ k.mT).to(running_dtype(q))                 # B H R T
+        scores = (wide(q[:, :, rows.clamp(max=T - 1)]) @ wide(k).mT).to(running_dtype(q))     # B H R T
         mass = scores.masked_fill(~past, -torch.inf).softmax(-1).masked_fill(~past, 0)
         out.append(mass.new_zeros(B, H, len(rows), W).scatter_add_(-1, cell.expand_as(mass), mass))
     return torch.cat(out, 2)[:, :, :T if blocks is None else None]
@@ -222,11 +250,27 @@ def attention_kl(log_mass, target):
 # ------------------------------------------------------------------------------------------------------------
 # Estimate
 
-class State(NamedTuple):
-    """What rows need to know of all rows before them."""
-    context: Tensor    # (B, H, 1, F, 2D) sum of phi(k) x values
-    norm: Tensor       # (B, H, 1, 1, F) sum of phi(k)
-    code: Tensor       # (B, H, up to HALO, 2D) the last codes
+class Cache:
+    """What new rows need to know of the T tokens before them: nothing at first; each forward adds to it.
+
+    With room for all tokens to come it is the state of decoding; without, it serves the rows of one forward.
+    """
+
+    def __init__(self, room=0):
+        self.T, self.room, self.rows = 0, room, {}
+        self.sums = 0., 0.               # (B, H, 1, F, 2D) of phi(k) x values, (B, H, 1, 1, F) of phi(k)
+        self.k_sum = self.v_sum = 0.     # (B, H, 1, D) of k and of v
+        self.code = None                 # (B, H, up to HALO, 2D) the last codes
+
+    def extend(self, name, x):
+        """Keep x (B, H, R, E) as rows T, T+1 .. of `name` -> all its rows so far; none of them is copied."""
+        if not self.room:
+            return x
+        if name not in self.rows:        # one row more than tokens: a running sum starts with zeros
+            self.rows[name] = x.new_empty(*x.shape[:2], self.room + 1, x.shape[3])
+        end = self.T + x.shape[2]
+        self.rows[name][:, :, self.T:end] = x
+        return self.rows[name][:, :, :end]
 
 
 def sinusoids(first_row, R, D, device):
@@ -249,6 +293,7 @@ def kernel_attention(q, k, values, omega, context=0., norm=0., chunk=64):
     Within a chunk of L rows a masked product; what came before the chunk is a running sum.
     """
     R, chunk = q.shape[2], min(chunk, q.shape[2])
+    q, k, values, omega = (wide(x) for x in (q, k, values, omega))
     phi_q, phi_k = (block_rows(F.relu(x @ omega) + 1e-3, 0, chunk) for x in (q, k))           # B H N L F
     values = block_rows(values, 0, chunk)                                                     # B H N L E
     sums = lambda x, start: F.pad(x.cumsum(2, dtype=running_dtype(x)), (0, 0, 0, 0, 1, 0)) + start
@@ -311,6 +356,7 @@ class SEAttention(nn.Module):
 
     forward: q (already scaled by D**-0.5), k, v (B, H, T, D) -> (B, H, T, D). `teacher` is the pair (q, k)
     whose attention the estimate should match; then `self.kl` holds the distance, nats a query.
+    In decoding q holds the last R rows of T, and `cache` what the layer knows of those before.
     """
 
     def __init__(self, config):
@@ -327,38 +373,42 @@ class SEAttention(nn.Module):
         self.register_buffer("omega", orthogonal_features(D, config.num_features))
         self.kl = None
 
-    def forward(self, q, k, v, teacher=None):
+    def forward(self, q, k, v, teacher=None, cache=None):
+        cache = cache or Cache()
         # the estimate reads q, k and v and does not steer them: the KL trains the estimator alone
-        mask, gates, self.kl = self.estimate_and_select(q.detach(), k.detach(), v.detach(), teacher)
-        sparse = implementation(q.device).attend(q, k, v, mask)                    # B H T D
-        return self.mix(sparse, v, gates)                                          # B H T D
+        mask, gates, self.kl = self.estimate_and_select(q.detach(), k.detach(), v.detach(), teacher, cache)
+        sparse = implementation(q.device).attend(q, k, v, mask)                    # B H R D
+        return self.mix(sparse, v[:, :, -q.shape[2]:], gates, cache)               # B H R D
 
-    def estimate_and_select(self, q, k, v, teacher):
-        """Make the map ROWS rows at a time and keep the selection: FlatCSR, gates (B, H, T, 2), KL."""
-        config, ops = self.config, implementation(q.device)
-        M, R, state = config.query_block, ROWS // config.query_block * config.query_block, self.start(v)
-        k_sum, masks, gates, kl = running_sum(k), [], [], []
-        for first in range(0, q.shape[2], R):
-            q_rows, k_rows, v_rows = (x[:, :, first:first + R] for x in (q, k, v))
-            code, state = self.encode(q_rows, k_rows, v_rows, first, state)        # B H HALO+R 2D
+    def estimate_and_select(self, q, k, v, teacher, cache):
+        """Make the map ROWS rows at a time and keep the selection: FlatCSR, gates (B, H, R, 2), KL."""
+        config, ops, R, T = self.config, implementation(q.device), q.shape[2], k.shape[2]
+        M, k_sum, masks, gates, kl = config.query_block, None, [], [], []
+        if config.cell_keys:
+            k_sum = cache.extend("k_sum", running_sum(k[:, :, -R:], cache.k_sum))             # B H T+1 D
+            cache.k_sum = k_sum[:, :, -1:]
+        step = ROWS // M * M                                                       # no block is cut in two
+        for start in range((T - R) // M * M, T, step):
+            first, end = max(start, T - R), min(start + step, T)
+            q_rows, k_rows, v_rows = (x[:, :, first - T:][:, :, :end - first] for x in (q, k, v))
+            code = self.encode(q_rows, k_rows, v_rows, first, cache)               # B H HALO+R 2D
             log_mass = self.estimate(code, q_rows, k_sum, first)                   # B H R W
             masks.append(ops.select(log_mass.detach().exp(), M, config.keys_per_query, first))
-            gates.append(self.gates(code[:, :, -q_rows.shape[2]:]).sigmoid())      # B H R 2
+            gates.append(self.gates(code[:, :, first - end:]).sigmoid())           # B H R 2
             if teacher is not None:
                 kl.append(self.distance(log_mass, teacher, first))                 # B H R
         return join(masks), torch.cat(gates, 2), torch.cat(kl, 2).mean() if kl else None
 
-    def start(self, v):
-        return State(0., 0., v.new_empty(*v.shape[:2], 0, 2 * v.shape[3]))
-
-    def encode(self, q, k, v, first_row, state):
+    def encode(self, q, k, v, first_row, cache):
         """A code for each row, from what it attends to by kernel attention, in time linear in T."""
         position = sinusoids(first_row, *v.shape[2:], v.device).to(v.dtype)        # R D
         values = torch.cat([position.expand_as(v), v], -1)                         # B H R 2D
-        seen, context, norm = kernel_attention(q, k, values, self.omega, state.context, state.norm)
+        seen, *cache.sums = kernel_attention(q, k, values, self.omega, *cache.sums)
         code = self.encoder(torch.cat([seen.to(v.dtype), v], -1))                  # B H R 2D
-        code = torch.cat([state.code, code], 2)                                    # B H HALO+R 2D
-        return code, State(context, norm, code[:, :, -HALO:])
+        if cache.code is not None:
+            code = torch.cat([cache.code, code], 2)                                # B H HALO+R 2D
+        cache.code = code[:, :, -HALO:]
+        return code
 
     def estimate(self, code, q, k_sum, first_row):
         """log Q (B, H, R, W), the estimated mass of each cell: Q_c = n_c exp(s_c) / sum_c' n_c' exp(s_c')."""
@@ -374,17 +424,17 @@ class SEAttention(nn.Module):
     def distance(self, log_mass, teacher, first_row):
         """attention_kl of these rows to the attention of the teacher's q and k: (B, H, R)."""
         M, W, R = self.config.query_block, self.config.map_width, log_mass.shape[2]
-        blocks = anchors(first_row, R, M) // M
-        return attention_kl(log_mass, implementation(log_mass.device).pool(*teacher, M, W, blocks)[:, :, :R])
+        (q, k), blocks = (x.detach() for x in teacher), anchors(first_row, R, M) // M
+        return attention_kl(log_mass, implementation(log_mass.device).pool(q, k, M, W, blocks)[:, :, :R])
 
-    def mix(self, sparse, v, gates):
+    def mix(self, sparse, v, gates, cache):
         """g_mix * (g_prob * sparse) + (1 - g_mix) * mean(v_0 .. v_t), two gates for each query and head."""
-        v_sum, out, count = 0., [], torch.arange(1, v.shape[2] + 1, device=v.device)[:, None]
+        out, count = [], cache.T + torch.arange(1, v.shape[2] + 1, device=v.device)[:, None]
         for sparse, v, gates, count in zip(*(x.split(ROWS, -2) for x in (sparse, v, gates, count))):
-            v_sum = v_sum + v.cumsum(2, dtype=running_dtype(v))                    # B H R D
+            v_sum = cache.v_sum + v.cumsum(2, dtype=running_dtype(v))              # B H R D
             mean, (g_prob, g_mix) = (v_sum / count).to(v.dtype), gates.split(1, -1)
             out.append(g_mix * (g_prob * sparse) + (1 - g_mix) * mean)             # B H R D
-            v_sum = v_sum[:, :, -1:]
+            cache.v_sum = v_sum[:, :, -1:]
         return torch.cat(out, 2)
 
     @torch.no_grad()
@@ -393,7 +443,7 @@ class SEAttention(nn.Module):
         estimated), the selected mask, and the attention probabilities under it."""
         (B, H, T, D), M, W = q.shape, self.config.query_block, self.config.map_width
         rows = torch.arange(T, device=q.device)
-        log_mass = self.estimate(self.encode(q, k, v, 0, self.start(v))[0], q, running_sum(k), 0)  # B H T W
+        log_mass = self.estimate(self.encode(q, k, v, 0, Cache()), q, running_sum(k), 0)      # B H T W
         past, cell = cell_of_key(rows, T, M, W)                                               # T T
         of_each_key = log_mass.exp() / cell_bounds(rows // M * M, W).diff().clamp(min=1)      # B H T W
         estimate = of_each_key.gather(-1, cell.expand(B, H, T, T)) * past
