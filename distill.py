@@ -7,6 +7,8 @@ replaced, and it learns to match what the teacher computes.
     python distill.py --attention window                         a rival, also performer; dense: the yardstick
     python distill.py --teacher facebook/opt-125m                published weights, on data/wikitext2
     python distill.py --eval-only --teacher out-sea-student/ckpt.pt --keys-per-query 32
+
+--resume, torchrun, Ctrl-C and mistakes are as train.py says.
 """
 import argparse
 import math
@@ -17,13 +19,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data.common import Parser, fail, load
+from data.common import Parser, fail, load, number, one_line
+from data.engine import (any_rank, check_memory, ctrl_c, fingerprint, join_ranks, leave, load_checkpoint,
+                         optimizer_step, parallel, peak_memory, pick_precision, resume, save_checkpoint,
+                         settings_of, step_batches)
 from model import ATTENTIONS, OPT
-from train import (add_preset, complete, evaluate, learning_rate, load_checkpoint, peak_memory,
-                   pick_precision, random_batch, save_checkpoint)
+from train import add_preset, add_running, add_training, complete, evaluate, learning_rate
 
-PRESETS = {"cuda": dict(steps=1000, batch_size=8, warmup=50),
-           "cpu": dict(steps=150, batch_size=8, warmup=15)}
+PRESETS = {"cuda": dict(steps=1000, batch_size=8, warmup=50, save_interval=100),
+           "cpu": dict(steps=150, batch_size=8, warmup=15, save_interval=25)}
 WEIGHTS = dict(hidden=(5.0, "squared distance of the hidden states"), logits=(0.2, "KL of the next token"),
                output=(1.0, "squared distance of the attentions' outputs"), text=(0.1, "the text's own loss"),
                attention=(0.1, "KL of the estimate and the teacher's attention"))       # the paper's weights
@@ -40,32 +44,30 @@ def parse_arguments():
     for name, what in (("map-width", "W, cells in a row of the map"),
                        ("keys-per-query", "selected past keys, the mean a query and head"),
                        ("query-block", "M, neighbouring queries that share cell bounds")):
-        group.add_argument(f"--{name}", type=int, default=argparse.SUPPRESS, help=what)
+        group.add_argument(f"--{name}", type=number(int, 1), default=argparse.SUPPRESS, help=what)
     group.add_argument("--cell-keys", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
                        help="add q . mean(keys of the cell) to each score; the paper does not")
     group = parser.add_argument_group("weights of the losses")
     for name, (weight, what) in WEIGHTS.items():
-        group.add_argument(f"--weight-{name}", type=float, default=weight, help=what)
+        group.add_argument(f"--weight-{name}", type=number(float, 0), default=weight, help=what)
     group = parser.add_argument_group("training")
     group.add_argument("--data", default=argparse.SUPPRESS,
                        help="folder in data/ (default: the teacher's, wikitext2 for OPT)")
-    for name, what in (("steps", "steps of the optimizer"), ("batch_size", "sequences in a step"),
-                       ("warmup", "steps up to the peak, then a cosine to a tenth of it")):
-        add_preset(group, PRESETS, name, what)
-    group.add_argument("--lr", type=float, default=argparse.SUPPRESS,
+    add_preset(group, PRESETS, "steps", "steps of the optimizer")
+    add_preset(group, PRESETS, "batch_size", "sequences in a micro-batch")
+    add_preset(group, PRESETS, "warmup", "steps up to the peak, then a cosine to a tenth of it", 0)
+    group.add_argument("--lr", type=number(float, 0), default=argparse.SUPPRESS,
                        help="peak rate of the teacher's weights (default: 3e-4, for OPT the paper's 1e-5)")
-    group.add_argument("--new-lr", type=float, default=10., help="rate of new parameters, times --lr")
-    group.add_argument("--weight-decay", type=float, default=0.01, help="of matrices; nothing else decays")
-    group.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
-    group.add_argument("--seed", type=int, default=1337, help="of weights and batches")
+    group.add_argument("--new-lr", type=number(float, 0), default=10.,
+                       help="rate of new parameters, times --lr")
+    add_training(group, weight_decay=0.01)
     group = parser.add_argument_group("running")
     group.add_argument("--eval-only", action="store_true", help="evaluate --teacher, train nothing")
     group.add_argument("--split", default="val", choices=("val", "test"), help="what to evaluate on")
-    group.add_argument("--eval-windows", type=int, default=200, help="windows of the split to evaluate on")
-    group.add_argument("--log-interval", type=int, default=10, help="steps between lines")
+    add_preset(group, PRESETS, "save_interval", "steps between checkpoints")
+    add_running(group)
     group.add_argument("--out", default=argparse.SUPPRESS,
                        help="folder for ckpt.pt (default: out-ATTENTION-student)")
-    group.add_argument("--device", default="auto", choices=("auto", *PRESETS), help="auto: a GPU if any")
     args = complete(parser.parse_args(), PRESETS)
     args.out = Path(getattr(args, "out", f"out-{args.attention}-student"))
     args.settings = {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)}
@@ -96,12 +98,13 @@ class Trace:
             hook.remove()
 
 
-def distillation_losses(student, teacher, idx, targets):
-    """One forward of both on idx, targets (B, T) -> the five losses of WEIGHTS, by name."""
+def distillation_losses(student, teacher, idx, targets, run=None):
+    """One forward of both on idx, targets (B, T) -> the five losses of WEIGHTS, by name. run: the student, as
+    DistributedDataParallel wraps it."""
     with torch.no_grad(), Trace(teacher) as wanted:
         wanted_logits, _ = teacher(idx)                                                       # B T V
     with Trace(student) as made:
-        logits, loss = student(idx, targets, teacher=[(q, k) for _, q, k, _ in wanted.attended])
+        logits, loss = (run or student)(idx, targets, teacher=[(q, k) for _, q, k, _ in wanted.attended])
     mse = lambda ours, theirs: sum(F.mse_loss(x.float(), y.float()) for x, y in zip(ours, theirs)) / len(ours)
     log_q, log_p = (x.flatten(0, 1).float().log_softmax(-1) for x in (logits, wanted_logits))      # BT V
     return dict(hidden=mse(made.hidden, wanted.hidden), output=mse(made.outputs, wanted.outputs), text=loss,
@@ -138,10 +141,8 @@ def load_teacher(args):
         teacher, saved = load_checkpoint(args.teacher, args.device)
         tokenizer, data = saved["tokenizer"], saved["data"]
     else:
-        try:
+        with one_line(ValueError, TypeError):
             teacher, tokenizer, data = OPT.from_pretrained(args.teacher).to(args.device), "opt", "wikitext2"
-        except ValueError as error:
-            fail(error)
     return teacher.eval(), tokenizer, getattr(args, "data", data)
 
 
@@ -160,13 +161,16 @@ def open_data(name, args, teacher, tokenizer):
 
 def with_attention(teacher, attention, settings):
     """The teacher's weights under another attention or other settings; what the attention adds is new."""
-    try:
-        student = OPT(replace(teacher.config, attention=attention, **settings))
-    except ValueError as error:
-        fail(error)
+    with one_line(ValueError):
+        config = replace(teacher.config, attention=attention, **settings)
+    check_memory(config, 1, next(teacher.parameters()).device.type)
+    student = OPT(config)
     same = attention == teacher.config.attention
     weights = {name: x for name, x in teacher.state_dict().items() if same or ".attention." not in name}
-    student.load_state_dict(weights, strict=False)
+    try:
+        student.load_state_dict(weights, strict=False)
+    except RuntimeError:                                         # of a SEA teacher
+        fail(f"the teacher learnt its map with {teacher.config.map_width} cells a row; leave --map-width out")
     return student.to(next(teacher.parameters()).device)
 
 
@@ -183,7 +187,8 @@ def make_optimizer(student, args):
 
 def describe(name, model, tokens, args, precision):
     """Print what a model is worth on the split, and return it: loss, keys a query, their share of mass."""
-    loss = evaluate(model, tokens, args.batch_size, args.eval_windows, precision)
+    with one_line(FloatingPointError, hint=f"the {name} is spoilt"):
+        loss = evaluate(model, tokens, args.batch_size, args.eval_windows, precision)
     idx = torch.from_numpy(tokens[:model.config.context].astype("int64"))[None].to(args.device)
     with precision:
         keys, mass = keys_and_mass(model.eval(), idx)
@@ -192,53 +197,70 @@ def describe(name, model, tokens, args, precision):
     return loss, keys, mass
 
 
-def distill(student, teacher, tokens, args, precision):
-    """Train the student for args.steps, with a line every args.log_interval -> the last losses by name."""
-    optimizer, mark = make_optimizer(student, args), time.time()
-    student.train()
-    for step in range(1, args.steps + 1):
+def distill(student, teacher, tokens, args, precision, optimizer=None, done=0, save=lambda step: None):
+    """Train the student from step `done` to args.steps, with lines and checkpoints -> the last losses."""
+    optimizer = optimizer or make_optimizer(student, args)
+    run, mark, marked, pressed = parallel(student.train()), time.time(), done, ctrl_c()
+
+    def losses_of(*batch):
+        losses = distillation_losses(student, teacher, *batch, run)
+        total = sum(getattr(args, f"weight_{name}") * losses[name] for name in WEIGHTS)
+        return [total, *(losses[name] for name in WEIGHTS)]
+
+    for step in range(done + 1, args.steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step - 1, group["peak"], args.warmup, args.steps)
-        seed = args.seed * 10 ** 9 + step
-        batch = random_batch(tokens, student.config.context, args.batch_size, seed, args.device)
-        with precision:
-            losses = distillation_losses(student, teacher, *batch)
-        total = sum(getattr(args, f"weight_{name}") * loss for name, loss in losses.items())
-        total.backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), args.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        batches = step_batches(tokens, student.config.context, args, step)
+        with one_line(FloatingPointError, hint=f"this is step {step}: try a lower --lr or --new-lr"):
+            means = optimizer_step(run, optimizer, batches, losses_of, args.clip, precision).tolist()
+        losses = dict(zip(("total", *WEIGHTS), means))
         if step % args.log_interval == 0 or step == args.steps:
-            losses = {"total": total.item(), **{name: loss.item() for name, loss in losses.items()}}
-            seconds = (time.time() - mark) / ((step - 1) % args.log_interval + 1)
+            seconds = (time.time() - mark) / (step - marked)
             left = (args.steps - step) * seconds
             print(f"step {step}/{args.steps}", *(f" {name} {loss:.4f}" for name, loss in losses.items()),
                   f" {1000 * seconds:.0f} ms  {left // 60:.0f}:{left % 60:02.0f} left", flush=True)
-            mark = time.time()
+            mark, marked = time.time(), step
+        stop = any_rank(pressed, args.device)
+        if stop or step % args.save_interval == 0 or step == args.steps:
+            save(step)
+        if stop:
+            leave(args.out / "ckpt.pt", step, args.steps)
     return losses
-
-
+@one_line(OSError, KeyboardInterrupt, hint="a checkpoint that was written before is whole, --resume goes on")
+@one_line(MemoryError, torch.OutOfMemoryError, hint="lower --batch-size (and raise --accumulate)")
 def main():
     args = parse_arguments()
+    join_ranks(args.device)
     torch.manual_seed(args.seed)
-    teacher, tokenizer, name = load_teacher(args)
-    tokens, evaluated = open_data(name, args, teacher, tokenizer)
+    teacher, tokenizer, args.data = load_teacher(args)
+    tokens, evaluated = open_data(args.data, args, teacher, tokenizer)
     precision, why = pick_precision(args.device)
     args.lr = getattr(args, "lr", 1e-5 if tokenizer == "opt" else 3e-4)
     attention = teacher.config.attention if args.eval_only else args.attention
     student = with_attention(teacher, attention, args.settings)
-    print(f"teacher {args.teacher} ({teacher.config.attention}), data/{name}, {why}")
+    print(f"teacher {args.teacher} ({teacher.config.attention}), data/{args.data}, {why}")
     if args.eval_only:
         loss, *_ = describe("model", student, evaluated, args, precision)
         return print(f"final: {args.split}_loss {loss:.4f} {args.split}_ppl {math.exp(loss):.3f}")
 
-    start, *_ = describe("teacher", teacher, evaluated, args, precision)
-    before, *_ = describe(f"{args.attention} student before", student, evaluated, args, precision)
-    args.out.mkdir(parents=True, exist_ok=True)
+    check_memory(student.config, args.batch_size, args.device)
+    optimizer, done, path = make_optimizer(student, args), 0, args.out / "ckpt.pt"
+    settings = settings_of(args, tokens)
+    settings["teacher"] = fingerprint(args.teacher, teacher.embed_tokens.weight)
+    if args.resume:
+        saved = resume(path, student, optimizer, settings)
+        done, (start, before) = saved["step"], saved["before"]
+    else:
+        start, *_ = describe("teacher", teacher, evaluated, args, precision)
+        before, *_ = describe(f"{args.attention} student before", student, evaluated, args, precision)
+    with one_line(OSError, hint="give another folder by --out"):
+        args.out.mkdir(parents=True, exist_ok=True)
+    save = lambda step: save_checkpoint(path, student, tokenizer=tokenizer, data=args.data, step=step,
+                                        settings=settings, before=(start, before),
+                                        optimizer=optimizer.state_dict())
     begin = time.time()
-    losses = distill(student, teacher, tokens, args, precision)
+    losses = distill(student, teacher, tokens, args, precision, optimizer, done, save)
     seconds = time.time() - begin
-    save_checkpoint(args.out / "ckpt.pt", student, tokenizer=tokenizer, data=name)
     loss, keys, mass = describe(f"{args.attention} student after", student, evaluated, args, precision)
     print(f"final: {args.split}_loss {loss:.4f} {args.split}_ppl {math.exp(loss):.3f} "
           f"ppl_before {math.exp(before):.3f} teacher_ppl {math.exp(start):.3f} "

@@ -4,26 +4,29 @@ Train a language model from scratch, with SEA attention or one of its rivals, on
     python train.py                             the demo: prepares data/stdlib, trains, writes out/ckpt.pt
     python train.py --attention dense           the same model with dense attention, in out-dense/
     python train.py --data shakespeare          after python data/shakespeare.py
+    python train.py --resume                    goes on from out/ckpt.pt; the other flags as before
+    torchrun --nproc-per-node=2 train.py        on two GPUs: twice the micro-batches in a step
 
-The defaults are a preset for the device that is found; every flag given replaces one value of it.
+The defaults are a preset for the device that is found; every flag given replaces one value of it. Ctrl-C ends
+the step, saves and leaves with exit status 130. A mistake is one line and exit status 2.
 """
 import argparse
 import csv
 import math
 import os
-import pickle
 import subprocess
 import sys
 import time
-import zipfile
-from contextlib import nullcontext
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 
 import sea
-from data.common import FOLDER, Parser, fail, load
+from data.common import FOLDER, Parser, fail, load, number, one_line, replace, windows
+from data.engine import (RANK, RANKS, any_rank, check_memory, ctrl_c, join_ranks, leave, optimizer_step,
+                         parallel, peak_memory, pick_device, pick_precision, resume, save_checkpoint,
+                         settings_of, step_batches)
 from model import ATTENTIONS, OPT, OPTConfig
 
 PRESETS = {
@@ -32,12 +35,13 @@ PRESETS = {
     "cpu": dict(n_layer=4, n_head=4, n_embd=256, context=256, map_width=64, keys_per_query=16,
                 query_block=8, batch_size=12, steps=300, warmup=30, eval_interval=50),
 }
+COLUMNS = "step loss attention_kl val_loss lr ms tokens_per_s peak_gib".split()      # of log.csv
 
 
-def add_preset(group, presets, name, what):
+def add_preset(group, presets, name, what, least=1):
     """A whole-number flag whose default depends on the device."""
     shown = " / ".join(f"{presets[device][name]} {device}" for device in presets)
-    group.add_argument("--" + name.replace("_", "-"), type=int, default=argparse.SUPPRESS,
+    group.add_argument("--" + name.replace("_", "-"), type=number(int, least), default=argparse.SUPPRESS,
                        help=f"{what} (preset: {shown})")
 
 
@@ -54,69 +58,49 @@ def parse_arguments():
     add("map_width", "W, cells in a row of the map")
     add("keys_per_query", "selected past keys, the mean a query and head")
     add("query_block", "M, neighbouring queries that share cell bounds")
-    group.add_argument("--num-features", type=int, default=64, help="F, width of phi")
+    group.add_argument("--num-features", type=number(int, 1), default=64, help="F, width of phi")
     group.add_argument("--cell-keys", action=argparse.BooleanOptionalAction, default=True,
                        help="add q . mean(keys of the cell) to each score; the paper does not")
-    group.add_argument("--kl-weight", type=float, default=0.1, help="weight of the attention KL in the loss")
+    group.add_argument("--kl-weight", type=number(float, 0), default=0.1, help="of the attention KL")
     group = parser.add_argument_group("training")
     group.add_argument("--data", default="stdlib", help="folder in data/")
     add("steps", "steps of the optimizer")
     add("batch_size", "sequences in a micro-batch")
-    group.add_argument("--accumulate", type=int, default=1, help="micro-batches in a step")
-    group.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
-    add("warmup", "steps up to the peak, then a cosine to a tenth of it")
-    group.add_argument("--weight-decay", type=float, default=0.1, help="of matrices; nothing else decays")
-    group.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
-    group.add_argument("--seed", type=int, default=1337, help="of weights and batches")
+    group.add_argument("--lr", type=number(float, 0), default=1e-3, help="peak learning rate")
+    add("warmup", "steps up to the peak, then a cosine to a tenth of it", 0)
+    add_training(group, weight_decay=0.1)
     group = parser.add_argument_group("running")
     group.add_argument("--out", default=argparse.SUPPRESS,
                        help="folder for ckpt.pt and log.csv (default: out; out-ATTENTION if that is not sea)")
-    group.add_argument("--device", default="auto", choices=("auto", *PRESETS), help="auto: a GPU if any")
     group.add_argument("--compile", action="store_true", help="torch.compile: a slow start, then faster")
     add("eval_interval", "steps between validations")
-    group.add_argument("--eval-windows", type=int, default=200, help="windows of the split to validate on")
-    group.add_argument("--log-interval", type=int, default=10, help="steps between lines")
+    add_running(group)
     args = complete(parser.parse_args(), PRESETS)
-    args.out = getattr(args, "out", "out" if args.attention == "sea" else f"out-{args.attention}")
+    args.out = Path(getattr(args, "out", "out" if args.attention == "sea" else f"out-{args.attention}"))
     return args
+
+
+def add_training(group, weight_decay):
+    """The flags of the optimizer that distill.py has too."""
+    group.add_argument("--accumulate", type=number(int, 1, 10000), default=1,
+                       help="micro-batches in a step, on each GPU")
+    group.add_argument("--weight-decay", type=number(float, 0), default=weight_decay,
+                       help="of matrices; nothing else decays")
+    group.add_argument("--clip", type=number(float, 0), default=1.0, help="largest norm of the gradient")
+    group.add_argument("--seed", type=number(int, 0), default=1337, help="of weights and batches")
+
+
+def add_running(group):
+    group.add_argument("--resume", action="store_true", help="go on from the ckpt.pt of the same flags")
+    group.add_argument("--device", default="auto", choices=("auto", *PRESETS), help="auto: a GPU if any")
+    group.add_argument("--eval-windows", type=number(int, 1), default=200, help="windows to evaluate on")
+    group.add_argument("--log-interval", type=number(int, 1), default=10, help="steps between lines")
 
 
 def complete(args, presets):
-    """Fill in the device and its preset where flags were not given; counts must be positive."""
+    """Fill in the device, and its preset where flags were not given."""
     args.device = pick_device(args.device)
-    for name, value in presets[args.device].items():
-        setattr(args, name, getattr(args, name, value))
-    for name in ("steps", "batch_size", "accumulate", "eval_interval", "eval_windows", "log_interval"):
-        if getattr(args, name, 1) < 1:
-            fail(f"--{name.replace('_', '-')} must be 1 or more")
-    return args
-
-
-def pick_device(wanted):
-    """cpu or cuda: the wanted one if it is there; for auto a GPU, if there is one."""
-    if wanted == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda, but torch finds no GPU; leave the flag out to run on the CPU")
-    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
-
-
-def pick_precision(device):
-    """The autocast context of the matrix products, and what to tell about it."""
-    if device == "cuda" and torch.cuda.get_device_capability() >= (8, 0):
-        return torch.autocast("cuda", torch.bfloat16), "bfloat16, which this GPU's tensor cores are made for"
-    return nullcontext(), "float32, on a CPU" if device == "cpu" else "float32: this GPU has no fast bfloat16"
-
-
-def windows(data, starts, context, device):
-    """Inputs and targets (N, context) int64 from the given starts: the targets are one token on."""
-    rows = torch.stack([torch.from_numpy(data[i:i + context + 1].astype("int64")) for i in starts.tolist()])
-    return rows[:, :-1].to(device), rows[:, 1:].to(device)
-
-
-def random_batch(data, context, batch_size, seed, device):
-    """Windows from random starts; equal seeds give equal batches."""
-    generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(len(data) - context, (batch_size,), generator=generator)
-    return windows(data, starts, context, device)
+    return argparse.Namespace(**{**presets[args.device], **vars(args)})
 
 
 @torch.no_grad()
@@ -132,7 +116,16 @@ def evaluate(model, data, batch_size, at_most, precision):
         with precision:
             total += model(*windows(data, few, context, device))[1].item() * len(few)
     model.train(training)
+    if not math.isfinite(total):
+        raise FloatingPointError(f"the loss on held-out text is {total}")
     return total / len(starts)
+
+
+def learning_rate(step, peak, warmup, steps):
+    """Linear warm-up, then a cosine down to a tenth of the peak at the last step."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def make_optimizer(model, lr, weight_decay):
@@ -143,51 +136,12 @@ def make_optimizer(model, lr, weight_decay):
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=next(model.parameters()).is_cuda)
 
 
-def learning_rate(step, peak, warmup, steps):
-    """Linear warm-up, then a cosine down to a tenth of the peak at the last step."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * (0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-def peak_memory(device):
-    """GiB: of the GPU's allocator, or of this process where the system tells."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2 ** 30
-    if sys.platform == "win32":
-        return math.nan
-    import resource                        # not on Windows
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
-
-
-def save_checkpoint(path, model, **rest):
-    """Write a checkpoint beside its place, then move it there, so that no half a file is ever seen."""
-    part = path.with_name(path.name + ".part")
-    torch.save(dict(model=model.state_dict(), config=asdict(model.config), **rest), part)
-    os.replace(part, path)
-
-
-def load_checkpoint(path, device):
-    """A file of save_checkpoint -> the model on the device, and the rest of the file."""
-    if not Path(path).is_file():
-        fail(f"there is no checkpoint {path}; python train.py makes out/ckpt.pt")
-    try:
-        if not zipfile.is_zipfile(path):
-            raise RuntimeError("cut off, or another kind of file")
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        model = OPT(OPTConfig(**saved.pop("config")))
-        model.load_state_dict(saved.pop("model"))
-    except (RuntimeError, pickle.UnpicklingError, KeyError, TypeError, AttributeError, ValueError) as error:
-        fail(f"{path} is no checkpoint of this program ({str(error).splitlines()[0]}); train again")
-    return model.to(device), saved
-
-
 def open_data(args):
     """Train and validation tokens and their meta data; prepares the embedded data set where it is missing."""
-    if args.data == "stdlib" and not (FOLDER / "stdlib" / "meta.json").exists():
+    if RANK == 0 and args.data == "stdlib" and not (FOLDER / "stdlib" / "meta.json").exists():
         if subprocess.run([sys.executable, FOLDER / "stdlib.py"]).returncode:
             raise SystemExit(2)
+    any_rank(False, args.device)                                 # the others wait for the first one
     train, val, meta = load(args.data)
     if min(len(train), len(val)) <= args.context:
         fail(f"data/{args.data} has {len(train):,} tokens to train on and {len(val):,} to validate; "
@@ -197,70 +151,85 @@ def open_data(args):
 
 def make_model(args, vocab_size):
     names = [field.name for field in fields(OPTConfig) if hasattr(args, field.name)]
-    given = {name: getattr(args, name) for name in names}
-    try:
-        return OPT(OPTConfig(vocab_size=vocab_size, **given)).to(args.device)
-    except ValueError as error:
-        fail(error)
+    with one_line(ValueError):
+        config = OPTConfig(vocab_size=vocab_size, **{name: getattr(args, name) for name in names})
+    check_memory(config, args.batch_size, args.device)
+    return OPT(config).to(args.device)
 
 
 def train_step(model, optimizer, batches, kl_weight, clip, precision):
-    """One step on the mean of the batches' losses -> the text's loss and the attention KL, (2,)."""
-    losses = []
-    for idx, targets in batches:
-        with precision:
-            _, loss = model(idx, targets)
-        kl = getattr(model, "_orig_mod", model).attention_kl()
-        ((loss + kl_weight * kl) / len(batches)).backward()
-        losses.append(torch.stack([loss.detach(), kl.detach().to(loss.device)]))
-    torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return torch.stack(losses).mean(0)
+    """One step -> the text's loss and the attention KL, (2,)."""
+    plain = getattr(model, "module", model)                      # without DistributedDataParallel
+    plain = getattr(plain, "_orig_mod", plain)                   # without torch.compile
+
+    def losses_of(idx, targets):
+        _, loss = model(idx, targets)
+        kl = plain.attention_kl()
+        return loss + kl_weight * kl, loss, kl
+    return optimizer_step(model, optimizer, batches, losses_of, clip, precision)[1:]
+
+
+def open_log(path, done):
+    """log.csv, with the rows up to step `done` of a run that goes on: those after it are made once more."""
+    rows = path.read_text(errors="replace").splitlines() if done and path.is_file() else []
+    rows = [row for row in rows if row.count(",") == len(COLUMNS) - 1 and row.split(",")[0].isdecimal()]
+    kept = [row for row in rows if int(row.split(",")[0]) <= done]
+    if RANK == 0:
+        replace(path, "\n".join([",".join(COLUMNS), *kept, ""]).encode())
+    return csv.writer(open(os.devnull if RANK else path, "a", newline="", buffering=1), lineterminator="\n")
 
 
 def report(log, args, step, losses, val_loss, seconds, rate):
     """One line for people and one for log.csv; `seconds` are those of a step, without validation."""
-    speed, left = args.batch_size * args.accumulate * args.context / seconds, (args.steps - step) * seconds
-    memory = peak_memory(args.device)
+    speed = args.batch_size * args.accumulate * RANKS * args.context / seconds
+    left, memory = (args.steps - step) * seconds, peak_memory(args.device)
     print(f"step {step}/{args.steps}  loss {losses[0]:.4f}  kl {losses[1]:.4f}  {1000 * seconds:.0f} ms  "
           f"{speed:,.0f} tokens/s  {memory:.2f} GiB  {left // 60:.0f}:{left % 60:02.0f} left"
           + (f"  val_loss {val_loss:.4f}" if val_loss else ""), flush=True)
     log.writerow([step, *losses, val_loss, rate, 1000 * seconds, speed, memory])
 
 
+@one_line(OSError, KeyboardInterrupt, hint="a checkpoint that was written before is whole, --resume goes on")
+@one_line(MemoryError, torch.OutOfMemoryError, hint="lower --batch-size (and raise --accumulate)")
 def main():
     args = parse_arguments()
+    join_ranks(args.device)
     torch.manual_seed(args.seed)
     tokens, val, meta = open_data(args)
+    path, settings = args.out / "ckpt.pt", settings_of(args, tokens)
     model = make_model(args, meta["vocab_size"])
-    run = torch.compile(model) if args.compile else model
-    optimizer = make_optimizer(model, args.lr, args.weight_decay)
+    optimizer, done = make_optimizer(model, args.lr, args.weight_decay), 0
+    if args.resume:
+        done = resume(path, model, optimizer, settings)["step"]
+    run = parallel(torch.compile(model) if args.compile else model)
     precision, why = pick_precision(args.device)
     print(f"preset {args.device}:", *(f"{name} {getattr(args, name)}" for name in PRESETS[args.device]))
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {args.attention} attention "
           f"({sea.implementation(args.device).__name__}.py), {why}; data/{args.data}: {meta['source']}")
 
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    log = csv.writer(open(out / "log.csv", "w", newline="", buffering=1))
-    log.writerow("step loss attention_kl val_loss lr ms tokens_per_s peak_gib".split())
-    begin, mark, marked = time.time(), time.time(), 0
-    for step in range(1, args.steps + 1):
+    with one_line(OSError, hint="give another folder by --out"):
+        args.out.mkdir(parents=True, exist_ok=True)
+    log, pressed, begin = open_log(args.out / "log.csv", done), ctrl_c(), time.time()
+    mark, marked = begin, done
+    for step in range(done + 1, args.steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step - 1, args.lr, args.warmup, args.steps)
-        seeds = [args.seed * 10 ** 9 + step * args.accumulate + i for i in range(args.accumulate)]
-        batches = [random_batch(tokens, args.context, args.batch_size, seed, args.device) for seed in seeds]
-        losses = train_step(run, optimizer, batches, args.kl_weight, args.clip, precision)
-        validate = step % args.eval_interval == 0 or step == args.steps
-        if validate or step % args.log_interval == 0:
-            losses, val_loss = losses.tolist(), None               # waits for the GPU
+        batches = step_batches(tokens, args.context, args, step)
+        validate, val_loss = step % args.eval_interval == 0 or step == args.steps, None
+        with one_line(FloatingPointError, hint=f"this is step {step}: try a lower --lr or a longer --warmup"):
+            losses = train_step(run, optimizer, batches, args.kl_weight, args.clip, precision).tolist()
             seconds = (time.time() - mark) / (step - marked)
             if validate:
                 val_loss = evaluate(model, val, args.batch_size, args.eval_windows, precision)
-                save_checkpoint(out / "ckpt.pt", model, tokenizer=meta["tokenizer"], data=args.data)
+        if validate or step % args.log_interval == 0:
             report(log, args, step, losses, val_loss, seconds, optimizer.param_groups[0]["lr"])
             mark, marked = time.time(), step
+        stop = any_rank(pressed, args.device)
+        if validate or stop:
+            save_checkpoint(path, model, tokenizer=meta["tokenizer"], data=args.data, step=step,
+                            settings=settings, optimizer=optimizer.state_dict())
+        if stop:
+            leave(path, step, args.steps)
     print(f"final: val_loss {val_loss:.4f} val_ppl {math.exp(val_loss):.3f} train_loss {losses[0]:.4f} "
           f"attention_kl {losses[1]:.4f} steps {args.steps} seconds {time.time() - begin:.0f} "
           f"peak_gib {peak_memory(args.device):.2f}")

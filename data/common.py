@@ -1,12 +1,15 @@
-"""What the data sets share: the tokenizers, the downloads, and the .bin files and meta.json of a data set."""
+"""What the data sets and scripts share: flags and their mistakes, tokenizers, files that are written whole,
+and the .bin files and meta.json of a data set."""
 import argparse
 import json
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import tiktoken
+import torch
 
 from data import hub
 
@@ -17,6 +20,29 @@ def fail(message):
     """A mistake that the user can mend: one line that says how, and exit status 2."""
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def first_line(error):
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def one_line(*errors, hint=""):
+    """Around code, or as a decorator: these errors are mistakes that the user can mend, see fail."""
+    try:
+        yield
+    except errors as error:
+        fail(first_line(error) + (hint and "; " + hint))
+
+
+def number(kind, least, most=10 ** 9):
+    """The type of a flag, for argparse: an int or a float between two bounds. nan and inf are not."""
+    def read(text):
+        if not least <= kind(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most}")
+        return kind(text)
+    read.__name__ = kind.__name__            # argparse names it: invalid int value
+    return read
 
 
 class Parser(argparse.ArgumentParser):
@@ -66,15 +92,30 @@ def write(name, texts, tokenizer, source, opt_folder=None):
     print(f"data/{name}: {', '.join(f'{n:,} {use}' for n, use in shown)} ({tokenizer})")
 
 
+@contextmanager
+def whole_file(path):
+    """A file to write, which comes to `path` when it is whole and on the disk: a kill leaves the old one."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:             # torch.save turns some OSErrors into RuntimeErrors
+        fail(f"cannot write {path} ({first_line(error)}); see to the disk and the folder")
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def replace(path, content):
     """Write a file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    os.replace(part, path)
+    with whole_file(path) as file:
+        file.write(content)
 
 
 def load(name, split=None):
-    """data/NAME -> train tokens, validation tokens (uint16 arrays on disk), meta; or tokens of `split`, meta.
+    """data/NAME -> train tokens, validation tokens (uint16 arrays), meta; or tokens of `split`, meta.
     Whatever is wrong is said."""
     folder, again = FOLDER / name, f"prepare it again: python data/{name}.py"
     if not (folder / "meta.json").is_file():
@@ -84,7 +125,8 @@ def load(name, split=None):
              f"`python data/NAME.py` prepares NAME, one of {', '.join(scripts)}")
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        vocab_size, expected, tokenizer = meta["vocab_size"], meta["tokens"], meta["tokenizer"]
+        vocab_size, expected, tokenizer = int(meta["vocab_size"]), dict(meta["tokens"]), meta["tokenizer"]
+        meta["source"]
     except (ValueError, KeyError, TypeError):
         fail(f"data/{name}/meta.json is damaged; {again}")
     splits = []
@@ -94,16 +136,27 @@ def load(name, split=None):
             fail(f"data/{name} has no {split} split; it has {', '.join(expected)}")
         if not path.is_file() or path.stat().st_size != 2 * expected[split]:
             fail(f"data/{name}/{split}.bin is missing or cut off; {again}")
-        splits.append(np.memmap(path, np.uint16, "r") if expected[split] else np.empty(0, np.uint16))
+        splits.append(np.fromfile(path, np.uint16))       # in memory, where no other program changes it
         if len(splits[-1]) and splits[-1].max() >= vocab_size:
             fail(f"data/{name}/{split}.bin holds token {splits[-1].max()}, {tokenizer} has {vocab_size}; "
                  f"{again}")
     return *splits, meta
 
 
+def windows(data, starts, context, device):
+    """Inputs and targets (N, context) int64 from the given starts: the targets are one token on."""
+    rows = torch.stack([torch.from_numpy(data[i:i + context + 1].astype("int64")) for i in starts.tolist()])
+    return rows[:, :-1].to(device), rows[:, 1:].to(device)
+
+
+def random_batch(data, context, batch_size, seed, device):
+    """Windows from random starts; equal seeds give equal batches."""
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(len(data) - context, (batch_size,), generator=generator)
+    return windows(data, starts, context, device)
+
+
 def download(url, path):
     """hub.fetch for a script that has the flag --url."""
-    try:
+    with one_line(ValueError):
         hub.fetch(url, path, "give a mirror or a file:// address by --url")
-    except ValueError as error:
-        fail(error)

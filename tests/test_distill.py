@@ -13,11 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import data.common
 import distill
 import train
+from data import engine
 from model import OPT, OPTConfig
 
 SMALL = dict(vocab_size=256, context=64, n_layer=2, n_head=2, n_embd=64, map_width=16, keys_per_query=8,
              query_block=4)
 SETTINGS = dict(lr=1e-3, new_lr=10., weight_decay=0.01, warmup=5, steps=60, batch_size=8, seed=1, clip=1.0,
+                accumulate=1, save_interval=100,
                 log_interval=1, device="cpu", **{f"weight_{name}": w for name, (w, _) in distill.WEIGHTS.items()})
 
 
@@ -34,7 +36,7 @@ def teacher(tokens):
     model = OPT(OPTConfig(**SMALL, attention="dense"))
     optimizer = train.make_optimizer(model, 3e-3, 0.1)
     for step in range(200):
-        batch = train.random_batch(tokens, 64, 16, step, "cpu")
+        batch = data.common.random_batch(tokens, 64, 16, step, "cpu")
         train.train_step(model, optimizer, [batch], 0., 1.0, nullcontext())
     return model.eval()
 
@@ -67,7 +69,7 @@ def test_distillation_lowers_the_losses_and_halves_the_attention_kl(teacher, tok
 
 
 def test_losses_are_zero_against_oneself(teacher, tokens):
-    batch = train.random_batch(tokens, 64, 4, 0, "cpu")
+    batch = data.common.random_batch(tokens, 64, 4, 0, "cpu")
     losses = distill.distillation_losses(student_of(teacher, "dense"), teacher, *batch)
     assert all(losses[name].item() < 1e-9 for name in ("hidden", "output", "logits")) and losses["text"] > 0
 
@@ -138,7 +140,7 @@ def run(line, monkeypatch, capsys):
 
 
 def test_distil_then_evaluate(folder, teacher, monkeypatch, capsys):
-    train.save_checkpoint(Path("t.pt"), teacher, tokenizer="bytes", data="tiny")
+    engine.save_checkpoint(Path("t.pt"), teacher, tokenizer="bytes", data="tiny")
     line = "--teacher t.pt --steps 4 --batch-size 4 --warmup 1 --eval-windows 5"
     status, out, _ = run(line, monkeypatch, capsys)
     last = out.strip().splitlines()[-1].split()
@@ -159,7 +161,7 @@ def test_distil_then_evaluate(folder, teacher, monkeypatch, capsys):
     ("--teacher t.pt --map-width 30", "multiple of 4"), ("--teacher t.pt --data gpt", "--tokenizer bytes"),
     ("--teacher t.pt --split dev", "--split"), ("--teacher t.pt --steps 0", "--steps")])
 def test_mistakes_are_one_line_and_status_2(line, hint, folder, teacher, monkeypatch, capsys):
-    train.save_checkpoint(Path("t.pt"), teacher, tokenizer="bytes", data="tiny")
+    engine.save_checkpoint(Path("t.pt"), teacher, tokenizer="bytes", data="tiny")
     (folder / "data" / "gpt").mkdir()
     for name in ("train.bin", "val.bin", "meta.json"):
         content = (folder / "data" / "tiny" / name).read_bytes()

@@ -12,6 +12,7 @@ import torch
 import data.common
 import sample
 import train
+from data import engine
 from model import ATTENTIONS, OPT, OPTConfig
 
 SMALL = dict(vocab_size=256, context=128, n_layer=2, n_head=2, n_embd=64, map_width=32, keys_per_query=8,
@@ -39,7 +40,7 @@ def learn(model, tokens, steps, kl_weight=0.1, batch_size=16, lr=3e-3):
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = train.learning_rate(step, lr, 10, steps)
-        batch = train.random_batch(tokens, model.config.context, batch_size, step, "cpu")
+        batch = data.common.random_batch(tokens, model.config.context, batch_size, step, "cpu")
         losses.append(train.train_step(model, optimizer, [batch], kl_weight, 1.0, nullcontext()))
     return torch.stack(losses)
 
@@ -80,7 +81,7 @@ def test_window_has_as_many_keys_as_sea(T=128):
 
 def test_one_batch_can_be_learnt_by_heart(text):
     model = small_model(context=64)
-    batch = train.random_batch(text, 64, 4, 0, "cpu")
+    batch = data.common.random_batch(text, 64, 4, 0, "cpu")
     optimizer = train.make_optimizer(model, 3e-3, 0.)
     for _ in range(150):
         loss, _ = train.train_step(model, optimizer, [batch], 0.1, 1.0, nullcontext()).tolist()
@@ -94,8 +95,8 @@ def test_sea_from_scratch_learns_its_attention_and_needs_the_estimate(text):
     learned, frozen = small_model(), small_model()
     for name, p in frozen.named_parameters():
         p.requires_grad_(".attention." not in name or "gates" in name)
-    losses = learn(learned, text[:cut], 200)
-    learn(frozen, text[:cut], 200)
+    losses = learn(learned, text[:cut], 150, lr=1e-3)
+    learn(frozen, text[:cut], 150, lr=1e-3)
     loss, loss_frozen = (train.evaluate(m, text[cut:], 16, 100, nullcontext()) for m in (learned, frozen))
     print(f"val_loss {loss:.4f}, with the estimator frozen {loss_frozen:.4f}", losses[::20, 1])
     assert losses[-10:, 1].mean() < 0.5 * losses[:3, 1].mean()
@@ -124,7 +125,7 @@ def test_the_estimator_finds_more_of_a_dense_models_attention_than_a_window(text
         for block in student.layers:
             attention = block.self_attn.attention
             attention.register_forward_pre_hook(lambda layer, args: seen.append((layer, args)))
-        student.eval()(train.random_batch(text, 128, 8, 10 ** 6, "cpu")[0])
+        student.eval()(data.common.random_batch(text, 128, 8, 10 ** 6, "cpu")[0])
         kept = [recall(q, k, layer.look(q, k, v)[1], 4) for layer, (q, k, v, _) in seen]
         found[cell_keys] = sum(kept) / len(kept)
     t, j = torch.arange(128)[:, None], torch.arange(128)
@@ -170,7 +171,7 @@ def test_train_then_sample(data_folder, monkeypatch, capsys):
     final = dict(zip(last[1::2], last[2::2]))
     assert status == 0 and last[0] == "final:"
     assert float(final["val_ppl"]) == pytest.approx(math.exp(float(final["val_loss"])), rel=1e-3)
-    model, saved = train.load_checkpoint("out/ckpt.pt", "cpu")
+    model, saved = engine.load_checkpoint("out/ckpt.pt", "cpu")
     assert saved["tokenizer"] == "bytes" and saved["data"] == "tiny" and not Path("out/ckpt.pt.part").exists()
     val = data.common.load("tiny")[1]
     loss = train.evaluate(model, val, 2, 3, nullcontext())
@@ -242,7 +243,7 @@ def test_context_of_one_token_trains(data_folder, monkeypatch, capsys):
 @pytest.mark.parametrize("damage", ["missing", "zeros", "cut", "code", "other", "dataset"])
 def test_what_is_no_checkpoint(damage, data_folder, monkeypatch, capsys):
     path = Path("ckpt.pt")
-    train.save_checkpoint(path, small_model(context=32), tokenizer="bytes", data="tiny")
+    engine.save_checkpoint(path, small_model(context=32), tokenizer="bytes", data="tiny")
     content = path.read_bytes()
     if damage == "missing":
         path.unlink()
@@ -257,7 +258,7 @@ def test_what_is_no_checkpoint(damage, data_folder, monkeypatch, capsys):
 
 
 def test_a_prompt_must_fit_and_may_be_any_text(data_folder, monkeypatch, capsys):
-    train.save_checkpoint(Path("ckpt.pt"), small_model(context=32), tokenizer="bytes", data="tiny")
+    engine.save_checkpoint(Path("ckpt.pt"), small_model(context=32), tokenizer="bytes", data="tiny")
     line = "--checkpoint ckpt.pt --device cpu --max-new-tokens 2 --prompt "
     status, _, err = run(sample, line + "x" * 33, monkeypatch, capsys)
     assert status == 2 and "33 tokens" in err and len(err.strip().splitlines()) == 1

@@ -1,0 +1,280 @@
+"""Bad input to the three scripts: one line that says what to do, exit status 2, and nothing is lost."""
+import argparse
+import pickle
+import random
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import data.common
+import distill
+from data import engine
+import sample
+import train
+from model import OPT, OPTConfig
+
+MODEL = "--n-layer 1 --n-head 2 --n-embd 32 --context 32 --map-width 8 --keys-per-query 4 --query-block 4"
+LINES = {
+    "train": f"--data tiny --device cpu {MODEL} --batch-size 2 --steps 1 --eval-windows 1",
+    "distill": "--teacher dense.pt --data tiny --device cpu --batch-size 2 --steps 1 --eval-windows 1",
+    "sample": "--checkpoint sea.pt --device cpu --max-new-tokens 1 --prompt def"}
+MODULES = dict(train=train, distill=distill, sample=sample)
+HUGE = str(10 ** 9), str(10 ** 30), "9" * 5000
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """A folder with a data set, a dense and a SEA checkpoint, in which the scripts run."""
+    monkeypatch.setattr(data.common, "FOLDER", tmp_path / "data")
+    (tmp_path / "data").mkdir()
+    text = Path(argparse.__file__).read_text()[:9000]
+    data.common.write("tiny", {"train": text, "val": text[:1100]}, "bytes", "a test")
+    for attention in ("dense", "sea"):
+        torch.manual_seed(0)
+        model = OPT(OPTConfig(256, 32, 1, 2, 32, attention, map_width=8, keys_per_query=4, query_block=4))
+        engine.save_checkpoint(tmp_path / f"{attention}.pt", model, tokenizer="bytes", data="tiny")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Call a script with the flags of LINES and more -> its exit status and what it wrote to stderr."""
+    def call(name, *more):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *LINES[name].split(), *more])
+        status = 0
+        try:
+            MODULES[name].main()
+        except SystemExit as stop:
+            status = stop.code
+        return status, capsys.readouterr().err
+    return call
+
+
+def content(folder):
+    """What a mistake must leave as it is, without what a run that works has written."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_mistake(run, folder, name, *more):
+    before = content(folder)
+    status, err = run(name, *more)
+    assert status == 2, (name, more, status)
+    assert len(err.strip().splitlines()) == 1 and "Traceback" not in err and err.startswith(name), (more, err)
+    assert content(folder) == before, more
+    return err
+
+
+def flags(name, monkeypatch):
+    """The flags of a script by the kind of their values, as its own parser knows them."""
+    kept = []
+    monkeypatch.setattr(data.common.Parser, "parse_args", lambda parser: kept.append(parser) or sys.exit())
+    with pytest.raises(SystemExit):
+        MODULES[name].parse_arguments()
+    monkeypatch.undo()
+    kinds = {int: [], float: [], "choice": [], "switch": [], "text": []}
+    for action in kept[0]._actions:
+        by_name = {"int": int, "float": float}.get(getattr(action.type, "__name__", None), "text")
+        kind = "choice" if action.choices else "switch" if action.nargs == 0 else by_name
+        kinds[kind].append(action.option_strings[0])
+    return kinds
+
+
+WRONG = {int: ("fast", "1.5", "", "nan", "inf", "-1", "1e3", HUGE[1], HUGE[2]),
+         float: ("fast", "", "nan", "inf", "-inf", "-1", "1e999"), "choice": ("nothing", "", "-1"),
+         "switch": ("1",), "text": ()}
+ZERO_WORKS = {"--warmup", "--seed", "--top-k"}
+HUGE_WORKS = {"--keys-per-query", "--warmup", "--seed", "--eval-interval", "--eval-windows",
+              "--save-interval", "--log-interval", "--top-k"}
+ENDLESS = {"--steps", "--max-new-tokens"}        # a huge number of them is legal, and takes for ever
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_flag_with_every_wrong_value(name, run, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    with monkeypatch.context() as patch:
+        kinds = flags(name, patch)
+    cases = [(flag, value) for kind, names in kinds.items() for flag in names for value in WRONG[kind]]
+    cases += [(flag, "0") for flag in kinds[int] if flag not in ZERO_WORKS | {"--layers"}]
+    cases += [(flag, HUGE[0]) for flag in kinds[int] if flag not in HUGE_WORKS | ENDLESS]
+    for flag, value in cases:
+        assert flag in assert_mistake(run, folder, name, f"{flag}={value}") or value in HUGE, (flag, value)
+    for flag in [flag for names in kinds.values() for flag in names if flag not in kinds["switch"]]:
+        assert_mistake(run, folder, name, flag)                              # its value is missing
+    works = [(flag, "0") for flag in kinds[int] + kinds[float] if flag in ZERO_WORKS or flag in kinds[float]]
+    works += [(flag, HUGE[0]) for flag in kinds[int] if flag in HUGE_WORKS]
+    for flag, value in works:
+        assert run(name, flag, value)[0] == 0, (flag, value)
+    print(f"{name}: {len(cases)} wrong values, {len(works)} at the edge that work")
+
+
+@pytest.mark.parametrize("name, more, hint", [
+    ("train", "--wrong 1", "--help"), ("train", "extra", "--help"), ("train", "--data ../tiny", "ready: tin"),
+    ("train", "--data " + "x" * 300, "too long"), ("train", "--map-width 30", "multiple of 4"),
+    ("train", "--map-width 1000000000", "GiB"), ("train", "--num-features 1000000000", "GiB"),
+    ("train", "--n-layer 1000000000", "GiB"), ("train", "--n-embd 1000000000", "GiB"),
+    ("train", "--batch-size 1000000000", "GiB"), ("train", "--n-head 1000000000", "multiple of n_head"),
+    ("train", "--context 1000000000", "--context under"), ("train", "--query-block 33", "1 to 32"),
+    ("train", "--n-head 3", "multiple of n_head"), ("train", "--n-embd 24", "multiple of 8"),
+    ("train", "--out dense.pt", "--out"), ("train", "--out dense.pt/x", "--out"),
+    ("train", "--resume", "--resume"), ("distill", "--resume", "--resume"),
+    ("distill", "--out dense.pt", "--out"),
+    ("distill", "--teacher nothing.pt", "no checkpoint"), ("distill", "--teacher nothing", "facebook/opt-1"),
+    ("distill", "--teacher data", "config.json"), ("distill", "--map-width 1000000000", "GiB"),
+    ("distill", "--batch-size 1000000000", "GiB"), ("distill", "--map-width 30", "multiple of 4"),
+    ("distill", "--split test", "no test split"),
+    ("distill", "--eval-only --teacher sea.pt --map-width 16", "leave"),
+    ("sample", "--checkpoint nothing.pt", "no checkpoint"), ("sample", "--checkpoint data", "no checkpoint"),
+    ("sample", "--checkpoint " + "x" * 300, "no checkpoint"),
+    ("sample", "--attention a.html --checkpoint dense.pt", "dense"),
+    ("sample", "--checkpoint dense.pt --keys-per-query 3", "--keys-per-query"),
+    ("sample", "--attention data", "file"), ("sample", "--attention a.html --layers 1", "layers"),
+    ("sample", "--keys-per-query 0", "--keys-per-query")])
+def test_what_cannot_work(name, more, hint, run, folder):
+    assert hint in assert_mistake(run, folder, name, *more.split())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize("name", MODULES)
+def test_a_gpu_that_is_absent(name, run, folder):
+    assert "no GPU" in assert_mistake(run, folder, name, "--device", "cuda")
+
+
+@pytest.mark.parametrize("name, more", [
+    ("train", "--query-block 32 --context 8"), ("train", "--keys-per-query 10000"),
+    ("train", "--map-width 256"), ("train", "--context 1"), ("train", "--n-head 4"),
+    ("distill", "--keys-per-query 10000"),
+    ("distill", "--query-block 32 --map-width 64"), ("distill", "--eval-only --teacher sea.pt --split val"),
+    ("sample", "--keys-per-query 10000"), ("sample", "--top-k 10000 --temperature 0"),
+    ("sample", "--temperature 1e-30")])
+def test_what_looks_wrong_and_works(name, more, run):
+    assert run(name, *more.split())[0] == 0
+
+
+# ---- files
+
+def damaged(content):
+    """Checkpoints that are none: cut at many bytes, overwritten, or of another make."""
+    ends = [0, 1, 3, 4, 30, *range(100, len(content), len(content) // 60),
+            *range(len(content) - 30, len(content))]
+    yield from (content[:end] for end in ends)
+    yield from (bytes(len(content)), b"\xff" * 100, b"PK\5\6" + bytes(18))
+    yield content[:len(content) // 2] + content[-22:]
+    yield content[:200] + bytes(len(content) - 400) + content[-200:]
+
+
+def test_checkpoints_cut_at_many_bytes(run, folder):
+    whole, tried = Path("sea.pt").read_bytes(), 0
+    for content in damaged(whole):
+        Path("bad.pt").write_bytes(content)
+        assert "bad.pt" in assert_mistake(run, folder, "sample", "--checkpoint", "bad.pt")
+        tried += 1
+    for name, flag in (("distill", "--teacher"), ("train", "--resume")):
+        (folder / "out").mkdir(exist_ok=True)
+        for path in ("bad.pt", "out/ckpt.pt"):
+            Path(path).write_bytes(whole[:-1000])
+        more = [flag, "bad.pt"] if name == "distill" else [flag]
+        assert "no checkpoint" in assert_mistake(run, folder, name, *more)
+    print(f"{tried + 2} damaged checkpoints")
+
+
+class Code:
+    def __reduce__(self):
+        return Path.write_text, (Path("ran.txt"), "this code ran")
+
+
+@pytest.mark.parametrize("saved", [
+    Code(), dict(config=Code()), dict(model={}, config={}), dict(config=dict(n_layer="1"), model={}),
+    dict(config=dict(wrong=1), model={}), [1], torch.zeros(3), 7, None, "text", {}, dict(config=None)])
+def test_checkpoints_of_another_make(saved, run, folder):
+    torch.save(saved, "bad.pt")
+    assert "no checkpoint" in assert_mistake(run, folder, "sample", "--checkpoint", "bad.pt")
+    Path("bad.pt").write_bytes(pickle.dumps(saved))
+    assert "no checkpoint" in assert_mistake(run, folder, "sample", "--checkpoint", "bad.pt")
+    with zipfile.ZipFile("bad.pt", "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps(saved))
+        archive.writestr("archive/version", "3")
+    assert "no checkpoint" in assert_mistake(run, folder, "sample", "--checkpoint", "bad.pt")
+    assert not Path("ran.txt").exists()
+
+
+def test_checkpoints_without_a_tokenizer_or_with_an_unknown_one(run, folder):
+    model = OPT(OPTConfig(256, 32, 1, 2, 32, "dense"))
+    for rest in ({}, dict(tokenizer="bytes"), dict(tokenizer="no", data="tiny"), dict(tokenizer=3, data=4)):
+        engine.save_checkpoint(Path("bad.pt"), model, **rest)
+        assert_mistake(run, folder, "sample", "--checkpoint", "bad.pt")
+        assert_mistake(run, folder, "distill", "--teacher", "bad.pt")
+
+
+META = ["", "{", "[]", "7", "null", '{"tokens": 3}',
+        '{"vocab_size": "x", "tokens": {}, "tokenizer": "bytes"}',
+        '{"vocab_size": 256, "tokens": {"train": "9", "val": 1}, "tokenizer": "bytes", "source": ""}',
+        '{"vocab_size": 256, "tokens": {"train": 9, "val": 1}, "tokenizer": "bytes"}', "\xff"]
+
+
+@pytest.mark.parametrize("name", ["train", "distill"])
+def test_data_sets_that_are_damaged(name, run, folder):
+    tiny = folder / "data" / "tiny"
+    whole = {path: path.read_bytes() for path in tiny.iterdir()}
+    bad = [("meta.json", text.encode("latin-1")) for text in META]
+    for file in ("train.bin", "val.bin"):
+        content = whole[tiny / file]
+        bad += [(file, content[:end]) for end in (0, 1, 100, len(content) - 1)]
+        bad += [(file, content + b"\0"), (file, b"\xff\xff" + content[2:])]
+    for file, content in bad:
+        (tiny / file).write_bytes(content)
+        assert "again" in assert_mistake(run, folder, name), (file, content[:40])
+        (tiny / file).write_bytes(whole[tiny / file])
+    for file in whole:
+        file.unlink()
+        assert_mistake(run, folder, name)
+        file.write_bytes(whole[file])
+
+
+def test_data_that_changes_under_a_run_does_not_reach_it(run, folder, monkeypatch):
+    def change(*args):
+        for path in (folder / "data" / "tiny").iterdir():
+            path.write_bytes(b"\xff")
+        return real(*args)
+    real = train.step_batches
+    monkeypatch.setattr(train, "step_batches", change)
+    assert run("train", "--steps=3")[0] == 0
+    assert "again" in assert_mistake(run, folder, "train", "--steps=3", "--resume")
+
+
+@pytest.mark.parametrize("prompt", [
+    "", " ", "\n", "\0", "\ud800", "\udfff\ud800", "é😀", "\u202e\u200b\ufeff", "a\u0301" * 8,
+    "<|endoftext|>", "</s>", "\U0010ffff", "0" * 32, "%s {} \\x00"])
+def test_a_prompt_of_any_unicode(prompt, run):
+    assert run("sample", f"--prompt={prompt}") == (0, "")
+
+
+# ---- others
+
+VALUES = ["-1", "0", "1", "2", "3", "4", "7", "8", "32", "1000", "1e-9", "1e9", "nan", "inf", "sea", "dense",
+          "tiny", "", "é", "\ud800", "sea.pt", "dense.pt", "data", "--resume"]
+
+
+def test_random_combinations_end_in_0_or_in_one_line(run, folder, monkeypatch, count=150):
+    chance, ends = random.Random(1337), {0: 0, 2: 0}
+    all_flags = {}
+    for name in MODULES:
+        with monkeypatch.context() as patch:
+            all_flags[name] = sum(flags(name, patch).values(), [])
+    monkeypatch.chdir(folder)
+    for _ in range(count):
+        name = chance.choice(list(MODULES))
+        drawn = [(chance.choice(all_flags[name]), chance.choice(VALUES)) for _ in range(chance.randint(1, 3))]
+        more = [f"{flag}={value}" for flag, value in drawn]
+        more = [flag for flag in more if not flag.startswith(("--out", "--attention=", "-h", "--compile"))]
+        before = content(folder)
+        status, err = run(name, *more)
+        assert status in ends, (name, more, status)
+        ends[status] += 1
+        if status == 2:
+            assert len(err.strip().splitlines()) == 1 and content(folder) == before, (name, more, err)
+        engine.load_checkpoint("sea.pt", "cpu")
+    print(f"{count} combinations: {ends[0]} worked, {ends[2]} were told in one line")

@@ -1,0 +1,360 @@
+"""A run goes on: after a kill, after Ctrl-C, after a full disk, and on two processes as on one."""
+import argparse
+import csv
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data.common
+import distill
+from data import engine
+import train
+from model import OPT, OPTConfig
+from sea import SEAConfig, SEAttention, attend, flat_csr_to_dense, pool, select
+
+ROOT = Path(train.__file__).parent
+MODEL = "--n-layer 1 --n-head 2 --n-embd 32 --context 32 --map-width 8 --keys-per-query 4 --query-block 4"
+TRAIN = (f"train --data tiny --device cpu {MODEL} --batch-size 2 --steps 6 --warmup 2 --eval-interval 2 "
+         "--eval-windows 3 --log-interval 1")
+DISTILL = ("distill --teacher t.pt --data tiny --device cpu --batch-size 2 --steps 6 --warmup 2 "
+           "--save-interval 2 --eval-windows 3 --log-interval 1")
+ENVIRONMENT = dict(os.environ, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
+# a script's main where data/ is another folder, which is the first argument
+ELSEWHERE = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; import data.common; "
+             "data.common.FOLDER = Path(sys.argv.pop(1)); sys.argv.pop(0); __import__(sys.argv[0]).main()")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Several threads add up in another order, so a run that goes on to the bit needs as many as before."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with a data set and a teacher, in which the scripts run."""
+    monkeypatch.setattr(data.common, "FOLDER", tmp_path / "data")
+    (tmp_path / "data").mkdir()
+    text = Path(argparse.__file__).read_text()[:9000]
+    data.common.write("tiny", {"train": text, "val": text[:1100]}, "bytes", "a test")
+    torch.manual_seed(0)
+    teacher = OPT(OPTConfig(256, 32, 1, 2, 32, "dense", map_width=8, keys_per_query=4, query_block=4))
+    engine.save_checkpoint(tmp_path / "t.pt", teacher, tokenizer="bytes", data="tiny")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(line, monkeypatch, capsys):
+    """Call a script's main: its exit status, and what it printed to stdout and stderr."""
+    name, *arguments = line.split()
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+    before, status = signal.getsignal(signal.SIGINT), 0
+    try:
+        {"train": train, "distill": distill}[name].main()
+    except SystemExit as stop:
+        status = stop.code
+    finally:
+        signal.signal(signal.SIGINT, before)
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
+
+
+def start(line, folder):
+    """Start a script in a process of its own."""
+    return subprocess.Popen([sys.executable, "-c", ELSEWHERE, folder / "data", *line.split()], cwd=folder,
+                            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ENVIRONMENT)
+
+
+def one_line(err):
+    return len(err.strip().splitlines()) == 1
+
+
+def weights(path):
+    return engine.load_checkpoint(path, "cpu")[0].state_dict()
+
+
+def assert_same_weights(one, other):
+    one, other = weights(one), weights(other)
+    assert all(one[name].equal(other[name]) for name in one)
+
+
+def rows(path):
+    """What log.csv says of each step, but for the times and the memory."""
+    return [row[:5] for row in csv.reader(open(path))]
+
+
+class Killed(BaseException):
+    """Stands for a SIGKILL: nothing catches it."""
+
+
+def kill_in_step(step, monkeypatch, how):
+    """From now on, how() at the end of a run's step."""
+    real, calls = engine.step_batches, []
+
+    def batches(tokens, context, args, now):
+        calls.append(now)
+        if now == step:
+            how()
+        return real(tokens, context, args, now)
+    for module in (train, distill):
+        monkeypatch.setattr(module, "step_batches", batches)
+    return calls
+
+
+def fall():
+    raise Killed
+
+
+# ---- resume
+
+@pytest.mark.parametrize("line", [TRAIN, f"{TRAIN} --attention dense --accumulate 2", DISTILL])
+def test_a_killed_run_that_goes_on_is_the_whole_run_to_the_bit(line, folder, monkeypatch, capsys):
+    assert run(f"{line} --out whole", monkeypatch, capsys)[0] == 0
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_in_step(6, patch, fall)
+        run(f"{line} --out parts", patch, capsys)
+    calls = kill_in_step(None, monkeypatch, None)
+    status, out, _ = run(f"{line} --out parts --resume", monkeypatch, capsys)
+    assert status == 0 and calls == [5, 6] and "final:" in out
+    assert_same_weights("whole/ckpt.pt", "parts/ckpt.pt")
+    if line.startswith("train"):
+        assert rows("whole/log.csv") == rows("parts/log.csv") and len(rows("parts/log.csv")) == 7
+    status, out, _ = run(f"{line} --out parts --resume", monkeypatch, capsys)
+    assert status == 0 and "nothing is left" in out and "step 6" not in out
+
+
+def test_training_draws_no_random_numbers_but_its_batches(folder, monkeypatch, capsys):
+    states = []
+    kill_in_step(4, monkeypatch, lambda: states.append(torch.get_rng_state()))
+    run(TRAIN, monkeypatch, capsys)
+    run(DISTILL, monkeypatch, capsys)
+    with monkeypatch.context() as patch:
+        kill_in_step(1, patch, lambda: states.append(torch.get_rng_state()))
+        run(TRAIN, patch, capsys)
+        run(DISTILL, patch, capsys)
+    assert len(states) == 4 and states[0].equal(states[2]) and states[1].equal(states[3])
+
+
+@pytest.mark.parametrize("line, more, hint", [
+    (TRAIN, "--n-embd 64", "n_embd was 32"), (TRAIN, "--attention dense", "attention was sea"),
+    (TRAIN, "--steps 8", "steps was 6"), (TRAIN, "--lr 1", "lr was"), (TRAIN, "--seed 2", "seed was 1337"),
+    (TRAIN, "--accumulate 2", "accumulate was 1"), (TRAIN, "--data other", "data was tiny"),
+    (TRAIN, "--out nowhere", "leave --resume out"), (TRAIN, "--out .", "leave --resume out"),
+    (DISTILL, "--weight-text 1", "weight_text was 0.1"), (DISTILL, "--keys-per-query 8", "keys_per_query"),
+    (DISTILL, "--attention window", "attention was sea"), (DISTILL, "--teacher o.pt", "teacher was t.pt")])
+def test_a_run_goes_on_as_itself_alone(line, more, hint, folder, monkeypatch, capsys):
+    (folder / "data" / "other").mkdir()
+    for file in (folder / "data" / "tiny").iterdir():
+        content = file.read_bytes()
+        (folder / "data" / "other" / file.name).write_bytes(content.replace(b"import", b"IMPORT"))
+    Path("o.pt").write_bytes(Path("t.pt").read_bytes())
+    Path("ckpt.pt").write_bytes(Path("t.pt").read_bytes())                   # for --out .: no optimizer in it
+    assert run(f"{line} --out here", monkeypatch, capsys)[0] == 0
+    before = Path("here/ckpt.pt").read_bytes(), Path("here").stat().st_mtime_ns
+    status, _, err = run(f"{line} --out here --resume {more}", monkeypatch, capsys)
+    assert status == 2 and hint in err and one_line(err)
+    assert before == (Path("here/ckpt.pt").read_bytes(), Path("here").stat().st_mtime_ns)
+
+
+def test_data_that_was_prepared_again_is_noticed(folder, monkeypatch, capsys):
+    run(TRAIN, monkeypatch, capsys)
+    path = folder / "data" / "tiny" / "train.bin"
+    path.write_bytes(np.fromfile(path, np.uint16)[::-1].tobytes())           # as long, and other text
+    status, _, err = run(f"{TRAIN} --resume", monkeypatch, capsys)
+    assert status == 2 and "data was tiny" in err
+
+
+def test_the_log_goes_on_whatever_is_in_it(folder, monkeypatch, capsys):
+    run(TRAIN, monkeypatch, capsys)
+    log = Path("out/log.csv")
+    whole = log.read_text().splitlines()
+    log.write_bytes("\n".join([*whole, "7,1,1,1,1,1,1,1", "\u00b2,,,,,,,", "1"]).encode() + b"\xff,\0")
+    train.open_log(log, 4)
+    assert log.read_text().splitlines() == whole[:5]
+    log.unlink()
+    train.open_log(log, 4)
+    assert log.read_text().splitlines() == whole[:1]
+
+
+# ---- saving
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_a_kill_while_saving_leaves_a_file_that_loads(folder):
+    model, path, chance = OPT(OPTConfig(n_embd=96, n_layer=4, context=64)), Path("ckpt.pt"), random.Random(0)
+    engine.save_checkpoint(path, model, tokenizer="bytes", data="tiny", step=-1)
+    steps, in_a_save = [], 0
+    for _ in range(20):
+        child = os.fork()
+        if child == 0:
+            for step in range(10 ** 6):
+                engine.save_checkpoint(path, model, tokenizer="bytes", data="tiny", step=step)
+        time.sleep(chance.uniform(0.02, 0.15))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        in_a_save += path.with_name("ckpt.pt.part").exists()
+        steps.append(engine.load_checkpoint(path, "cpu")[1]["step"])
+    print(f"{len(steps)} kills, {in_a_save} of them in a save; the files were of steps {steps}")
+    assert in_a_save and max(steps) > 0
+
+
+def test_sigkill_then_resume_in_processes_of_their_own(folder, monkeypatch, capsys):
+    line = f"{TRAIN} --steps 400 --eval-interval 1 --eval-windows 1"
+    killed = start(f"{line} --out killed", folder)
+    while not any(text.startswith("step 5/") for text in killed.stdout):
+        pass
+    killed.kill()
+    killed.communicate()
+    step = engine.load_checkpoint("killed/ckpt.pt", "cpu")[1]["step"]
+    assert 4 <= step < 400
+    stop = step + 5
+    for out, more in (("killed", " --resume"), ("whole", "")):
+        kill_in_step(stop, monkeypatch, fall)
+        with pytest.raises(Killed):
+            run(f"{line} --out {out}{more}", monkeypatch, capsys)
+    assert rows("killed/log.csv") == rows("whole/log.csv") and len(rows("whole/log.csv")) == stop
+    assert_same_weights("killed/ckpt.pt", "whole/ckpt.pt")
+
+
+@pytest.mark.parametrize("line", [TRAIN, DISTILL])
+def test_ctrl_c_saves_and_says_how_to_go_on(line, folder, monkeypatch, capsys):
+    run(f"{line} --out whole", monkeypatch, capsys)
+    with monkeypatch.context() as patch:
+        kill_in_step(3, patch, lambda: signal.raise_signal(signal.SIGINT))
+        status, out, err = run(f"{line} --out parts", patch, capsys)
+    assert status == 130 and "step 3 of 6" in out.splitlines()[-1] and "--resume" in out
+    assert one_line(err)
+    assert run(f"{line} --out parts --resume", monkeypatch, capsys)[0] == 0
+    assert_same_weights("whole/ckpt.pt", "parts/ckpt.pt")
+
+
+def test_a_second_ctrl_c_stops_at_once(folder, monkeypatch, capsys):
+    kill_in_step(3, monkeypatch, lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
+    status, _, err = run(TRAIN, monkeypatch, capsys)
+    assert status == 2 and "--resume" in err.splitlines()[-1] and "Traceback" not in err
+    assert engine.load_checkpoint("out/ckpt.pt", "cpu")[1]["step"] == 2
+
+
+@pytest.mark.parametrize("line", [TRAIN, DISTILL])
+def test_a_full_disk_leaves_the_last_checkpoint(line, folder, monkeypatch, capsys):
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    kill_in_step(4, monkeypatch, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1])))
+    try:
+        status, _, err = run(f"{line} --out out", monkeypatch, capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 2 and "cannot write" in err and one_line(err)
+    assert engine.load_checkpoint("out/ckpt.pt", "cpu")[1]["step"] == 2 and not list(folder.glob("*/*.part"))
+
+
+@pytest.mark.parametrize("where", ["torch.save", "fsync", "log"])
+def test_a_disk_that_is_full_elsewhere(where, folder, monkeypatch, capsys):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    def fill():
+        if where == "log":
+            monkeypatch.setattr(train, "report", full)
+        else:
+            monkeypatch.setattr(*{"torch.save": (torch, "save"), "fsync": (os, "fsync")}[where], full)
+    kill_in_step(4, monkeypatch, fill)
+    status, _, err = run(TRAIN, monkeypatch, capsys)
+    assert status == 2 and "No space left" in err and one_line(err)
+    assert engine.load_checkpoint("out/ckpt.pt", "cpu")[1]["step"] == 2 and not list(folder.glob("*/*.part"))
+
+
+# ---- numbers
+
+@pytest.mark.parametrize("line", [TRAIN, DISTILL])
+def test_a_loss_that_is_no_number_stops_the_run(line, folder, monkeypatch, capsys):
+    status, _, err = run(f"{line} --out out --lr 1e9 --warmup 0", monkeypatch, capsys)
+    assert status == 2 and "this is step" in err and "lower --lr" in err and one_line(err)
+
+
+def test_a_spoilt_step_does_not_touch_the_checkpoint(folder, monkeypatch, capsys):
+    real = OPT.attention_kl
+    broken = lambda model: real(model) / 0
+    kill_in_step(4, monkeypatch, lambda: monkeypatch.setattr(OPT, "attention_kl", broken))
+    status, _, err = run(TRAIN, monkeypatch, capsys)
+    assert status == 2 and "step 4" in err
+    model, saved = engine.load_checkpoint("out/ckpt.pt", "cpu")
+    assert saved["step"] == 2 and all(x.isfinite().all() for x in model.state_dict().values())
+
+
+@pytest.mark.parametrize("scale", [0., 1., 300., 60_000.])
+@pytest.mark.parametrize("equal", [False, True])
+def test_float16_stays_finite(scale, equal, T=70, W=16, M=8):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, T, 16).clamp(-1, 1) for _ in range(3))
+    if equal:                                                    # all scores of a row are the same
+        k = k[:, :, :1].expand_as(k)
+    q, k, v = (q * scale).half(), k.half(), v.half()
+    target = pool(q, k, M, W)
+    mask = select(target, M, 4)
+    out = attend(q, k, v, mask)
+    assert target.isfinite().all() and out.isfinite().all()
+    assert torch.allclose(target.sum(-1)[:, :, M:], torch.ones(()), atol=1e-3)
+    assert flat_csr_to_dense(mask, 1, 2).any(-1).all()
+    attention = SEAttention(SEAConfig(2, 16, W, 4, M)).half()
+    out = attention(q, k, v, (q, k))
+    assert out.isfinite().all() and attention.kl.isfinite()
+
+
+# ---- several processes
+
+DRIVER = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+import data.common, distill, train
+data.common.FOLDER, real = Path("data").resolve(), train.step_batches
+
+def batches(tokens, context, args, step):
+    if step == 3 and os.environ["RANK"] == "1" and not args.resume:        # Ctrl-C reaches one of them
+        signal.raise_signal(signal.SIGINT)
+    return real(tokens, context, args, step)
+
+train.step_batches = batches
+for line in {lines!r}:
+    sys.argv = line.split()
+    try:
+        dict(train=train, distill=distill)[sys.argv[0]].main()
+    except SystemExit as stop:
+        print("status", stop.code)
+"""
+
+
+def test_two_processes_are_one_with_twice_the_accumulation(folder, monkeypatch, capsys):
+    lines = [f"{TRAIN} --out train", f"{TRAIN} --out train --resume", f"{DISTILL} --out distill"]
+    lines = [f"{line} --accumulate 2" for line in lines]
+    Path("driver.py").write_text(DRIVER.format(root=str(ROOT), lines=lines))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    two = subprocess.Popen([*torchrun, "driver.py"], text=True, env=ENVIRONMENT, stdout=subprocess.PIPE,
+                           stderr=subprocess.STDOUT)
+    for line in (TRAIN, DISTILL):
+        assert run(f"{line} --out one-{line.split()[0]} --accumulate 4", monkeypatch, capsys)[0] == 0
+    printed, _ = two.communicate(timeout=120)
+    print(printed)
+    assert two.returncode == 0 and "status 130" in printed and printed.count("final:") == 2
+    assert printed.count("step 6/6") == 2                                    # only the first one prints
+    numbers = lambda path: [[float(x or 0) for x in row] for row in rows(path)[1:]]
+    for one, two in zip(numbers("one-train/log.csv"), numbers("train/log.csv"), strict=True):
+        assert two == pytest.approx(one, abs=2e-6)
+    val = data.common.load("tiny")[1]
+    for name in ("train", "distill"):
+        models = (engine.load_checkpoint(f"{out}/ckpt.pt", "cpu")[0] for out in (f"one-{name}", name))
+        one, two = (train.evaluate(model, val, 2, 50, nullcontext()) for model in models)
+        print(name, one, two)
+        assert two == pytest.approx(one, abs=2e-6)
