@@ -1,0 +1,312 @@
+"""
+How fast SEA is, and how much memory it takes: each stage, the whole operator from q, k, v to its output, and
+dense attention in the same run; then a model's training step. Prints tables and writes a CSV.
+
+    python tests/bench.py                                  everything, on a GPU
+    python tests/bench.py --lengths 8192 --blocks 16       a part
+    python tests/bench.py --device cpu --lengths 256       checks this script itself, in plain PyTorch
+    python tests/bench.py --decode --device cpu            a token's time in generation alone
+
+Times are medians in ms (on a GPU triton.testing.do_bench, after a warm-up), memory is the peak above what was
+allocated before, in MiB. A stage runs over all rows at once, the operator over a chunk of rows at a time.
+q, k and v are synthetic: differences of a random walk over SMOOTH tokens, so that neighbours are as alike as
+in a trained model. That matters for the `union` in a table's head: cells in a row of FlatCSR over cells that
+one of its queries chose (1.7 to 1.8 at M = 8 in a trained model).
+"""
+import argparse
+import csv
+import statistics
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import sea  # noqa: E402
+from model import ATTENTIONS, OPT, OPTConfig  # noqa: E402
+
+SMOOTH = 64
+FIELDS = ["what", "T", "M", "keys_per_query", "map_width", "pass", "ms", "MiB"]
+
+
+def parse_arguments():
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    add, default = parser.add_argument, "(default: %(default)s)"
+    add("--lengths", type=int, nargs="+", default=[2 ** i for i in range(10, 18)], help=f"T {default}")
+    add("--blocks", type=int, nargs="+", default=[1, 16, 32], help=f"M, query_block {default}")
+    add("--points", nargs="+", default=["64:256", "512:512"], help=f"keys_per_query:map_width {default}")
+    add("--heads", type=int, default=12, help=f"H {default}")
+    add("--head-dim", type=int, default=64, help=f"D {default}")
+    add("--layers", type=int, default=12, help=f"of the model; 0 leaves it out {default}")
+    add("--model-lengths", type=int, nargs="+", help="T of the model (default: lengths up to 32768)")
+    add("--decode", action="store_true", help="measure generation with a cache, and nothing else")
+    add("--device", choices=("cuda", "cpu"), help="(default: a GPU if there is one)")
+    add("--csv", default="bench.csv", help=default)
+    args = parser.parse_args()
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.points = [tuple(map(int, point.split(":"))) for point in args.points]
+    args.model_lengths = args.model_lengths or [T for T in args.lengths if T <= 32768]
+    return args
+
+
+# ---- measuring
+
+def median_ms(f, device):
+    """The first call compiles. What takes a second is run once more, not many times."""
+    f()
+    seconds = [timed(f, device)]
+    if seconds[0] < 1 and device == "cuda":
+        from triton.testing import do_bench
+        return do_bench(f, warmup=50, rep=200, return_mode="median")
+    seconds += [timed(f, device) for _ in range(2) if seconds[0] < 1]
+    return sorted(seconds)[len(seconds) // 2] * 1000
+
+
+def timed(f, device):
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    f()
+    wait()
+    return time.perf_counter() - start
+
+
+def extra_mib(f, device):
+    if device != "cuda":
+        return None
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    f()
+    return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
+
+
+def measure(f, device):
+    """(ms, MiB), or a word where the GPU's memory is too small or the backend does not take these sizes."""
+    try:
+        return median_ms(f, device), extra_mib(f, device)
+    except torch.OutOfMemoryError:
+        return "memory", None
+    except RuntimeError as error:
+        if "No available kernel" not in str(error):
+            raise
+        return "refused", None
+
+
+# ---- what is measured: name -> (function of no inputs, tensors to differentiate or None)
+
+def smooth(*shape, seed, device, dtype):
+    """Unit normal, alike over SMOOTH tokens: (B, H, T, D) as a model has it, a view of (B, T, H, D)."""
+    (B, H, T, D), generator = shape, torch.Generator(device).manual_seed(seed)
+    walk = torch.randn(B, T + SMOOTH, H, D, generator=generator, device=device).cumsum(1)
+    return ((walk[:, SMOOTH:] - walk[:, :-SMOOTH]) / SMOOTH ** 0.5).to(dtype).transpose(1, 2)
+
+
+def materialised(q, k, v):
+    T = q.shape[2]
+    causal = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+    return (q @ k.mT).masked_fill(~causal, -torch.inf).softmax(-1) @ v
+
+
+def dense_rows(q, k, v, device):
+    sdpa = lambda: scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
+    rows = {"materialised": lambda: materialised(q, k, v)}
+    if device == "cpu":
+        return {name: (f, (q, k, v)) for name, f in {"SDPA": sdpa, **rows}.items()}
+    backends = {"SDPA flash": SDPBackend.FLASH_ATTENTION, "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION}
+    for name, backend in backends.items():
+        def run(backend=backend):
+            with sdpa_kernel(backend):
+                return sdpa()
+        rows[name] = run
+    return {name: (f, (q, k, v)) for name, f in rows.items()}
+
+
+def stage_rows(operator, q, k, v):
+    """The operator's stages apart, each over all rows at once. -> rows, FlatCSR"""
+    config, ops, T = operator.config, sea.implementation(q.device), q.shape[2]
+    M, W, keys = config.query_block, config.map_width, config.keys_per_query
+    position = sea.sinusoids(0, T, q.shape[3], q.device).to(v.dtype).expand_as(v)
+    values, k_sum = torch.cat([position, v], -1), sea.running_sum(k)                    # B H T 2D; B H T+1 D
+    seen = torch.cat([sea.kernel_attention(q, k, values, operator.omega)[0].to(v.dtype), v], -1)
+    picture = lambda: operator.picture(operator.encoder(seen))
+    cell_keys = lambda: ops.cell_key_scores(q, k_sum, M, W)
+    sizes = sea.cell_bounds(torch.arange(T, device=q.device) // M * M, W).diff()
+    mass = (picture().float() + cell_keys() + sizes.clamp(min=1e-37).log()).softmax(-1)
+    select = lambda: ops.select(mass, M, keys)
+    mask = select()
+    sparse, gates = ops.attend(q, k, v, mask), torch.rand(*q.shape[:3], 2, device=q.device, dtype=q.dtype)
+    return {"running sum of k": (lambda: sea.running_sum(k), None),
+            "kernel attention": (lambda: sea.kernel_attention(q, k, values, operator.omega)[0], None),
+            "MLP + CNN": (picture, None),
+            "cell keys": (cell_keys, None),
+            "select": (select, None),
+            "attend": (lambda: ops.attend(q, k, v, mask), (q, k, v)),
+            "select + attend": (lambda: ops.attend(q, k, v, select()), None),
+            "mix": (lambda: operator.mix(sparse, v, gates, sea.Cache()), None),
+            "pool, for training": (lambda: ops.pool(q, k, M, W), None)}, mask
+
+
+def operator_rows(operator, q, k, v):
+    def with_kl():
+        out = operator(q, k, v, teacher=(q.detach(), k.detach()))
+        return torch.cat([out.flatten(), operator.kl.view(1).to(out.dtype)])
+    inputs = (q, k, v, *operator.parameters())
+    return {"operator": (lambda: operator(q, k, v), inputs), "operator, with KL": (with_kl, inputs)}
+
+
+def union(mask, H, keys_per_query):
+    """Cells in a row of FlatCSR over the cells that one of its queries chose."""
+    M, W, N = mask.query_block, mask.map_width, mask.crow.shape[1]
+    budget = sea.cell_budget(sea.anchors(0, mask.T, M), H, W, keys_per_query)
+    rows = mask.crow[0, :, -1] - mask.crow[0, :, 0]
+    return (rows[N // 2:].sum() / budget[N // 2:].sum()).item()
+
+
+# ---- tables
+
+def report(rows, head, device, precision, writer, best=None):
+    """Measure rows, forward and, where there is something to differentiate, forward and backward."""
+    print(f"\n{'  '.join(f'{name} {value}' for name, value in head.items())}")
+    print(f"{'forward':>36}{'MiB':>9}{'x SDPA':>8}{'fwd + bwd':>12}{'MiB':>9}{'x SDPA':>8}", flush=True)
+    best, found = dict(best or {}), {}
+    for name, (f, inputs) in rows.items():
+        line = f"    {name:22}"
+        for kind in ("forward", "fwd + bwd"):
+            if kind == "fwd + bwd" and inputs is None:
+                continue
+            ms, mib = found[name, kind] = measure(passes(f, inputs, precision)[kind], device)
+            ratio = best[kind] / ms if kind in best and not isinstance(ms, str) else None
+            width = 10 if kind == "forward" else 12
+            line += f"{ms:>{width}}" if isinstance(ms, str) else f"{ms:>{width}.3f}"
+            line += " " * 9 if mib is None else f"{mib:>9.0f}"
+            line += " " * 8 if ratio is None else f"{ratio:>8.2f}"
+            sizes = {key: head.get(key) for key in FIELDS[1:5]}
+            writer.writerow({"what": name, **sizes, "pass": kind, "ms": ms, "MiB": mib})
+        print(line, flush=True)
+    return found
+
+
+def passes(f, inputs, precision):
+    def forward():
+        with torch.no_grad(), precision:
+            f()
+
+    def both():
+        with precision:
+            out = f()
+        used = [x for x in inputs if x.requires_grad]
+        torch.autograd.grad(out, used, torch.ones_like(out), allow_unused=True)
+
+    return {"forward": forward, "fwd + bwd": both}
+
+
+def bench_attention(args, precision, writer):
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    for T in args.lengths:
+        q, k, v = (smooth(1, args.heads, T, args.head_dim, seed=seed, device=args.device, dtype=dtype)
+                   for seed in range(3))
+        q, k, v = (x.requires_grad_() for x in (q * args.head_dim ** -0.5, k, v))
+        found = report(dense_rows(q, k, v, args.device), {"T": T}, args.device, nullcontext(), writer)
+        best = {kind: min(ms for (name, this), (ms, _) in found.items()
+                          if this == kind and name.startswith("SDPA") and not isinstance(ms, str))
+                for kind in ("forward", "fwd + bwd")}
+        for keys, W in args.points:
+            for M in args.blocks:
+                config = sea.SEAConfig(args.heads, args.head_dim, W, keys, M)
+                operator = sea.SEAttention(config).to(args.device)
+                with torch.no_grad(), precision:
+                    stages, mask = stage_rows(operator, q, k, v)
+                head = {"T": T, "M": M, "keys_per_query": keys, "map_width": W,
+                        "union": f"{union(mask, args.heads, keys):.2f}"}
+                rows = {**stages, **operator_rows(operator, q, k, v)}
+                report(rows, head, args.device, precision, writer, best)
+                del rows, stages, mask, operator
+
+
+def training_step(config, device, precision):
+    torch.manual_seed(0)
+    model = OPT(config).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=device == "cuda")
+    tokens = torch.randint(config.vocab_size, (1, config.context + 1), device=device)
+
+    def step():
+        with precision:
+            loss = model(tokens[:, :-1], tokens[:, 1:])[1] + 0.1 * model.attention_kl()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def bench_model(args, precision, writer):
+    """A step of a byte model of the heads above: forward, backward, AdamW; B = 1, M = 16."""
+    C = args.heads * args.head_dim
+    print(f"\ntraining step, {args.layers} layers, {C} wide, 256 tokens in the vocabulary")
+    print(f"    {'T':>8}{'':3}{'attention':24}{'ms':>10}{'tokens/s':>12}{'MiB':>9}", flush=True)
+    for T in args.model_lengths:
+        shape = dict(vocab_size=256, context=T, n_layer=args.layers, n_head=args.heads, n_embd=C)
+        kinds = {"dense": dict(attention="dense")}
+        for keys, W in args.points:
+            kinds[f"sea, {keys} keys, W {W}"] = dict(keys_per_query=keys, map_width=W, query_block=16)
+        for name, more in kinds.items():
+            ms, mib = measure(training_step(OPTConfig(**shape, **more), args.device, precision), args.device)
+            numbers = f"{ms:>10}" if isinstance(ms, str) else f"{ms:>10.1f}{T / ms * 1000:>12.0f}"
+            print(f"    {T:>8}   {name:24}{numbers}" + ("" if mib is None else f"{mib:>9.0f}"), flush=True)
+            writer.writerow({"what": f"step, {name}", "T": T, "M": more.get("query_block"), "pass": "step",
+                             "keys_per_query": more.get("keys_per_query"), "map_width": more.get("map_width"),
+                             "ms": ms, "MiB": mib})
+
+
+@torch.no_grad()
+def bench_decode(args, precision, writer, lengths=(1024, 4096, 16384), rounds=8, tokens=16):
+    """Time of a token when the cache holds about T. B = 1, random weights and text, at every T the sizes of
+    train.py's CPU preset. Lengths take turns, so that what else the machine does meets all alike."""
+    sizes = dict(n_layer=4, n_head=4, n_embd=256, map_width=64, keys_per_query=16, query_block=8)
+    print(f"decoding, {sizes}, {torch.get_num_threads()} threads: median (least) ms a token after T")
+    print(f"    {'attention':12}" + "".join(f"{T:>18}" for T in lengths) + "    last / first", flush=True)
+    for kind in ATTENTIONS:
+        torch.manual_seed(0)
+        config = OPTConfig(vocab_size=256, context=max(lengths), attention=kind, **sizes)
+        model = OPT(config).eval().to(args.device)
+        idx = torch.randint(256, (1, max(lengths)), device=args.device)
+        caches, seconds = {T: model.new_cache(T) for T in lengths}, {T: [] for T in lengths}
+        with precision:
+            for T, cache in caches.items():
+                model(idx[:, rounds * tokens:T], cache=cache)
+            for T, cache in list(caches.items()) * rounds:
+                seconds[T] += [timed(lambda: model(token, cache=cache), args.device)
+                               for token in idx[:, :tokens].split(1, 1)]
+        ms = [1000 * statistics.median(seconds[T]) for T in lengths]
+        numbers = "".join(f"{m:>9.2f} ({1000 * min(seconds[T]):6.2f})" for T, m in zip(lengths, ms))
+        print(f"    {kind:12}{numbers}{ms[-1] / ms[0]:>16.2f}", flush=True)
+        for T, m in zip(lengths, ms):
+            writer.writerow({"what": f"decode, {kind}", "T": T, "M": 8, "keys_per_query": 16, "map_width": 64,
+                             "pass": "token", "ms": m})
+
+
+def main():
+    args = parse_arguments()
+    cuda = args.device == "cuda"
+    precision = torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext()
+    print(torch.cuda.get_device_name() if cuda else "CPU", "torch " + torch.__version__, sep=", ")
+    print(f"B 1, H {args.heads}, D {args.head_dim}, {'bfloat16' if cuda else 'float32'}; synthetic q, k, v: "
+          f"differences of a random walk over {SMOOTH} tokens")
+    with open(args.csv, "w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        if args.decode:
+            return bench_decode(args, precision, writer)
+        bench_attention(args, precision, writer)
+        if args.layers:
+            bench_model(args, precision, writer)
+
+
+if __name__ == "__main__":
+    main()
