@@ -33,7 +33,7 @@ PRESETS = {
     "cuda": dict(n_layer=6, n_head=6, n_embd=384, context=2048, map_width=256, keys_per_query=64,
                  query_block=16, batch_size=16, steps=1500, warmup=100, eval_interval=250),
     "cpu": dict(n_layer=4, n_head=4, n_embd=256, context=256, map_width=64, keys_per_query=16,
-                query_block=8, batch_size=12, steps=300, warmup=30, eval_interval=50),
+                query_block=8, batch_size=12, steps=250, warmup=25, eval_interval=50),
 }
 COLUMNS = "step loss attention_kl val_loss lr ms tokens_per_s peak_gib".split()      # of log.csv
 

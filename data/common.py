@@ -117,10 +117,11 @@ def replace(path, content):
 def load(name, split=None):
     """data/NAME -> train tokens, validation tokens (uint16 arrays), meta; or tokens of `split`, meta.
     Whatever is wrong is said."""
-    folder, again = FOLDER / name, f"prepare it again: python data/{name}.py"
+    scripts = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem not in ("common", "engine", "hub"))
+    folder = FOLDER / name
+    again = f"prepare it again: python data/{name if name in scripts else 'text'}.py"
     if not (folder / "meta.json").is_file():
         there = sorted(p.parent.name for p in FOLDER.glob("*/meta.json"))
-        scripts = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem not in ("common", "hub"))
         fail(f"no data set data/{name}; ready: {', '.join(there) or 'none'}; "
              f"`python data/NAME.py` prepares NAME, one of {', '.join(scripts)}")
     try:
