@@ -20,14 +20,15 @@ import torch
 import torch.nn.functional as F
 
 from data.common import Parser, fail, load, number, one_line
-from data.engine import (any_rank, check_memory, ctrl_c, fingerprint, join_ranks, leave, load_checkpoint,
-                         optimizer_step, parallel, peak_memory, pick_precision, resume, save_checkpoint,
+from data.engine import (any_rank, check_fit, ctrl_c, fingerprint, first_rank_first, join_ranks, leave,
+                         load_checkpoint, optimizer_step, parallel, peak_memory, pick_precision, resume, save_checkpoint,
                          settings_of, step_batches)
 from model import ATTENTIONS, OPT
-from train import add_preset, add_running, add_training, complete, evaluate, learning_rate
+from train import (add_preset, add_running, add_training, complete, evaluate, learning_rate,
+                   make_optimizer)
 
 PRESETS = {"cuda": dict(steps=1000, batch_size=8, warmup=50, save_interval=100),
-           "cpu": dict(steps=150, batch_size=8, warmup=15, save_interval=25)}
+           "cpu": dict(steps=150, batch_size=16, warmup=15, save_interval=25)}
 WEIGHTS = dict(hidden=(5.0, "squared distance of the hidden states"), logits=(0.2, "KL of the next token"),
                output=(1.0, "squared distance of the attentions' outputs"), text=(0.1, "the text's own loss"),
                attention=(0.1, "KL of the estimate and the teacher's attention"))       # the paper's weights
@@ -42,7 +43,7 @@ def parse_arguments():
     group.add_argument("--attention", default="sea", choices=ATTENTIONS, help="the student's")
     group = parser.add_argument_group("SEA, where not as in the teacher's configuration")
     for name, what in (("map-width", "W, cells in a row of the map"),
-                       ("keys-per-query", "selected past keys, the mean a query and head"),
+                       ("keys-per-query", "selected past keys per query and head, on average"),
                        ("query-block", "M, neighbouring queries that share cell bounds")):
         group.add_argument(f"--{name}", type=number(int, 1), default=argparse.SUPPRESS, help=what)
     group.add_argument("--cell-keys", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
@@ -118,10 +119,8 @@ def keys_and_mass(model, idx):
     and queries of idx (1, T). It is T x T, so for one sequence; None, None where no keys are chosen."""
     if model.config.attention not in ("sea", "window"):
         return None, None
-    with Trace(model) as trace:
-        model(idx)
     keys, mass, rows = [], [], torch.arange(idx.shape[1], device=idx.device)
-    for attention, q, k, v in trace.attended:
+    for attention, q, k, v in model.attended(idx):
         sea = model.config.attention == "sea"
         mask = attention.look(q, k, v)[1] if sea else attention.allowed(rows, len(rows))      # B H T T
         dense = (q @ k.mT).masked_fill(rows > rows[:, None], -torch.inf).softmax(-1, torch.float32)
@@ -141,7 +140,7 @@ def load_teacher(args):
         teacher, saved = load_checkpoint(args.teacher, args.device)
         tokenizer, data = saved["tokenizer"], saved["data"]
     else:
-        with one_line(ValueError, TypeError):
+        with first_rank_first(args.device), one_line(ValueError, TypeError):
             teacher, tokenizer, data = OPT.from_pretrained(args.teacher).to(args.device), "opt", "wikitext2"
     return teacher.eval(), tokenizer, getattr(args, "data", data)
 
@@ -163,7 +162,7 @@ def with_attention(teacher, attention, settings):
     """The teacher's weights under another attention or other settings; what the attention adds is new."""
     with one_line(ValueError):
         config = replace(teacher.config, attention=attention, **settings)
-    check_memory(config, 1, next(teacher.parameters()).device.type)
+    check_fit(config, 1, next(teacher.parameters()).device.type)
     student = OPT(config)
     same = attention == teacher.config.attention
     weights = {name: x for name, x in teacher.state_dict().items() if same or ".attention." not in name}
@@ -172,17 +171,6 @@ def with_attention(teacher, attention, settings):
     except RuntimeError:                                         # of a SEA teacher
         fail(f"the teacher learnt its map with {teacher.config.map_width} cells a row; leave --map-width out")
     return student.to(next(teacher.parameters()).device)
-
-
-def make_optimizer(student, args):
-    """AdamW over four groups: the teacher's parameters or new ones, matrices that decay or not."""
-    groups = []
-    for new, decay in ((False, False), (False, True), (True, False), (True, True)):
-        chosen = [p for name, p in student.named_parameters() if (".attention." in name) == new
-                  and (p.dim() >= 2 and "score_weights" not in name) == decay]
-        groups.append(dict(params=chosen, weight_decay=args.weight_decay * decay,
-                           peak=args.lr * (args.new_lr if new else 1)))
-    return torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.95))
 
 
 def describe(name, model, tokens, args, precision):
@@ -199,7 +187,7 @@ def describe(name, model, tokens, args, precision):
 
 def distill(student, teacher, tokens, args, precision, optimizer=None, done=0, save=lambda step: None):
     """Train the student from step `done` to args.steps, with lines and checkpoints -> the last losses."""
-    optimizer = optimizer or make_optimizer(student, args)
+    optimizer = optimizer or make_optimizer(student, args.lr, args.weight_decay, args.new_lr)
     run, mark, marked, pressed = parallel(student.train()), time.time(), done, ctrl_c()
 
     def losses_of(*batch):
@@ -226,6 +214,8 @@ def distill(student, teacher, tokens, args, precision, optimizer=None, done=0, s
         if stop:
             leave(args.out / "ckpt.pt", step, args.steps)
     return losses
+
+
 @one_line(OSError, KeyboardInterrupt, hint="a checkpoint that was written before is whole, --resume goes on")
 @one_line(MemoryError, torch.OutOfMemoryError, hint="lower --batch-size (and raise --accumulate)")
 def main():
@@ -243,8 +233,9 @@ def main():
         loss, *_ = describe("model", student, evaluated, args, precision)
         return print(f"final: {args.split}_loss {loss:.4f} {args.split}_ppl {math.exp(loss):.3f}")
 
-    check_memory(student.config, args.batch_size, args.device)
-    optimizer, done, path = make_optimizer(student, args), 0, args.out / "ckpt.pt"
+    check_fit(student.config, args.batch_size, args.device)
+    optimizer = make_optimizer(student, args.lr, args.weight_decay, args.new_lr)
+    done, path = 0, args.out / "ckpt.pt"
     settings = settings_of(args, tokens)
     settings["teacher"] = fingerprint(args.teacher, teacher.embed_tokens.weight)
     if args.resume:

@@ -2,10 +2,10 @@
 Triton kernels for the steps of SEA that touch many keys or cells. sea.py has the same functions in PyTorch
 and is the reference: names, signatures and results agree, as do the letters B H T R D M W N.
 
-    cell_key_scores    one program a (batch, head, block, tile of cells)
-    select             one a query finds its threshold; one a block joins its queries and writes FlatCSR
-    attend             one a (batch, head, block), forward and backward
-    pool               one a (batch, head, ROWS queries of neighbouring blocks)
+    cell_key_scores    one program per (batch, head, block, tile of cells)
+    select             one per query finds its threshold; one per block joins its queries and writes FlatCSR
+    attend             one per (batch, head, block), forward and backward
+    pool               one per (batch, head, ROWS queries of neighbouring blocks)
 
 Products take the inputs' dtype and add up in float32. With TRITON_INTERPRET=1 all runs on the CPU, for tests.
 """
@@ -40,11 +40,13 @@ def check(name, x, shape, dtypes, device):
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def check_sizes(D, M, W):
+def check_sizes(D, M, W, H=1):
     if D % 8 or not 8 <= D <= 128:
         raise ValueError(f"the width of a head is {D}; the kernels take multiples of 8 up to 128")
     if not 1 <= M <= 32 or W < 1:
         raise ValueError(f"query_block is {M} and map_width {W}; they must be from 1 to 32 and 1 or more")
+    if H * W > MAX_COLUMNS:
+        raise ValueError(f"{H} heads x {W} cells are {H * W} columns; the kernels take up to {MAX_COLUMNS}")
 
 
 def strided(x):
@@ -227,9 +229,7 @@ def select(mass, query_block, keys_per_query, first_row=0):
     """
     mass = check("mass", mass, (-1, -1, -1, -1), FLOATS, mass.device)
     (B, H, R, W), M, device = mass.shape, query_block, mass.device
-    check_sizes(8, M, W)
-    if H * W > MAX_COLUMNS:
-        raise ValueError(f"{H} heads x {W} cells are {H * W} columns; the kernels take up to {MAX_COLUMNS}")
+    check_sizes(8, M, W, H)
     N = len(anchors(first_row, R, M))
     budget, first, room = layout(first_row // M, N, H, M, W, keys_per_query, device)
     level, limit = (torch.empty(B, R, dtype=torch.int32, device=device) for _ in range(2))

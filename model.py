@@ -75,7 +75,8 @@ class PerformerAttention(nn.Module):
 
 
 class WindowAttention(nn.Module):
-    """The first FIRST tokens and the last ones: as many keys a query as SEA has, chosen by position alone."""
+    """The first FIRST tokens and the last ones: as many keys per query as SEA has, chosen by position alone.
+    It is computed as masked dense attention: a yardstick for quality, not for speed."""
     FIRST = 4
 
     def __init__(self, config):
@@ -138,7 +139,7 @@ class Block(nn.Module):
 
 
 class OPT(nn.Module):
-    """OPT(config)(idx, targets=None) -> logits, loss: ids (B, T) int64 -> (B, T, V), nats a token.
+    """OPT(config)(idx, targets=None) -> logits, loss: ids (B, T) int64 -> (B, T, V), nats per token.
 
     teacher: for each layer the (q, k) that a SEA layer's estimate should match, see SEAttention.
     cache: from new_cache, holds the tokens before idx, and idx afterwards; for use under torch.no_grad.
@@ -220,7 +221,7 @@ class OPT(nn.Module):
     def attention_kl(self):
         """Mean over layers of the distance from estimate to teacher in the last forward; 0 without SEA."""
         kls = [block.self_attn.attention.kl for block in self.layers if self.config.attention == "sea"]
-        return sum(kls) / len(kls) if kls else torch.zeros(())
+        return sum(kls) / len(kls) if kls else self.embed_tokens.weight.new_zeros(())
 
     def set_keys_per_query(self, keys_per_query):
         """Let SEA select more or fewer keys from now on; no weight depends on how many."""
@@ -235,10 +236,11 @@ class OPT(nn.Module):
         return [Cache(min(room, self.config.context)) for _ in self.layers]
 
     @torch.no_grad()
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None):
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, ids=None):
         """Sample the tokens after idx (B, T), one (B, 1) at a time; temperature 0 takes the likeliest.
 
         When the context is full, the model starts again from the last half of it, read as a new prompt.
+        ids: those to choose from; OPT has more rows in its vocabulary than its tokenizer has tokens.
         """
         context, text = self.config.context, [idx]
         cache, new = self.new_cache(idx.shape[1] + max_new_tokens), idx[:, -context:]
@@ -247,6 +249,8 @@ class OPT(nn.Module):
                 new = torch.cat(text, 1)[:, -max(1, context // 2):]
                 cache, text = self.new_cache(), [new]
             logits = self(new, cache=cache)[0][:, -1].float()                                 # B V
+            if ids is not None:
+                logits = torch.full_like(logits, -torch.inf).index_copy(1, ids, logits[:, ids])
             if top_k is not None:
                 logits[logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]] = -torch.inf
             if temperature == 0:
@@ -260,10 +264,19 @@ class OPT(nn.Module):
         """Ids (B, T) -> (B, T + max_new_tokens), sampled by stream."""
         return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k)], 1)
 
+    @torch.no_grad()
+    def attended(self, idx):
+        """What each layer attends with, for idx (B, T): its attention module, q, k and v (B, H, T, D)."""
+        seen, hooks = [], []
+        for block in self.layers:
+            keep = lambda module, args: seen.append((module, *args[:3]))
+            hooks.append(block.self_attn.attention.register_forward_pre_hook(keep))
+        self(idx)
+        for hook in hooks:
+            hook.remove()
+        return seen
+
     def look(self, idx, layer, head):
         """SEAttention.look: estimate, mask and attention (T, T) of one head on one sequence idx (1, T)."""
-        attention, seen = self.layers[layer].self_attn.attention, []
-        hook = attention.register_forward_pre_hook(lambda module, args: seen.extend(args[:3]))
-        self(idx)
-        hook.remove()
-        return tuple(picture[0, head] for picture in attention.look(*seen))
+        attention, *qkv = self.attended(idx)[layer]
+        return tuple(picture[0, head] for picture in attention.look(*qkv))

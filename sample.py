@@ -11,11 +11,12 @@ import json
 import sys
 import time
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-from data.common import Parser, encoding, fail, number, one_line, replace
+from data.common import Parser, encoding, fail, number, one_line, write_whole
 from data.engine import load_checkpoint, peak_memory, pick_device, pick_precision
 
 TEMPLATE = Path(__file__).resolve().parent / "assets" / "attention.html"
@@ -34,7 +35,7 @@ def parse_arguments():
     group.add_argument("--seed", type=number(int, 0), default=1337, help="of the choices")
     group = parser.add_argument_group("attention")
     group.add_argument("--keys-per-query", type=number(int, 1), metavar="N",
-                       help="past keys that SEA selects, the mean a query and head; None: as trained")
+                       help="past keys that SEA selects per query and head; None: as trained")
     group.add_argument("--attention", type=Path, metavar="FILE",
                        help="write no text but a page, such as page.html, that shows the prompt's attention")
     group.add_argument("--layers", type=number(int, 0), nargs="+", metavar="N",
@@ -58,13 +59,7 @@ def parse_arguments():
 def pictures(model, idx):
     """For each layer, of one sequence idx (1, T): the estimate, the mask, the attention used and the dense
     attention of the same q and k, (H, T, T) each."""
-    seen, attentions = [], [block.self_attn.attention for block in model.layers]
-    hooks = [attention.register_forward_pre_hook(lambda module, args: seen.append(args[:3]))
-             for attention in attentions]
-    model(idx)
-    for hook in hooks:
-        hook.remove()
-    for attention, (q, k, v) in zip(attentions, seen):
+    for attention, q, k, v in model.attended(idx):
         estimate, mask, used = attention.look(q, k, v)
         future = torch.ones_like(mask).triu(1)
         dense = (q @ k.mT).masked_fill(future, -torch.inf).softmax(-1)
@@ -99,7 +94,7 @@ def write_page(model, enc, idx, path, layers):
     data = dict(tokens=tokens, query_block=model.config.query_block, layers={i: heads[i] for i in layers})
     data = json.dumps(data).replace("<", "\\u003c")                  # no text can end the page's script
     page = TEMPLATE.read_text(encoding="utf-8").replace("PAGE_DATA", data).encode()
-    replace(path, page)
+    write_whole(path, page)
     print(f"{path}: {len(tokens)} tokens, {len(page) / 1e6:.2f} MB, layers {' '.join(map(str, layers))}"
           + ("" if len(layers) == len(heads) else f" of 0 to {len(heads) - 1}; --layers chooses others"))
 
@@ -108,9 +103,10 @@ def write_text(model, enc, idx, args):
     torch.manual_seed(args.seed)
     to_text = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span several tokens
     print(args.prompt.encode(errors="replace").decode(), end="")       # half a surrogate pair cannot be shown
+    ids = torch.tensor(enc.ids, device=args.device) if hasattr(enc, "ids") else None
     begin = time.perf_counter()
-    with pick_precision(args.device)[0]:
-        for token in model.stream(idx, args.max_new_tokens, args.temperature, args.top_k or None):
+    with pick_precision(args.device)[0], suppress(KeyboardInterrupt):      # Ctrl-C ends the text
+        for token in model.stream(idx, args.max_new_tokens, args.temperature, args.top_k or None, ids):
             print(to_text.decode(enc.decode_single_token_bytes(token.item())), end="", flush=True)
     print(to_text.decode(b"", final=True))
     if args.stats:
@@ -118,6 +114,7 @@ def write_text(model, enc, idx, args):
         print(f"{speed:.1f} tokens/s, prompt included; {peak_memory(args.device):.2f} GiB", file=sys.stderr)
 
 
+@one_line(MemoryError, torch.OutOfMemoryError, hint="shorten the prompt")
 def main():
     args = parse_arguments()
     model, rest = load_checkpoint(args.checkpoint, args.device)

@@ -6,11 +6,13 @@ SEA: sparse linear attention with an estimated attention mask (ICLR 2024, arXiv 
     attend     exact softmax attention, on the keys of the selected cells alone
     mix        with the running mean of the values, by a learned gate
 
-B batch, H heads, T tokens, D head width; every tensor is (B, H, T, D). F = num_features, the width of phi.
+B batch, H heads, T tokens, D head width; every tensor is (B, H, T, D). F = num_features, the width of phi
+(but F.relu and the like are torch.nn.functional).
 M = query_block: block g holds queries g*M .. g*M + M-1, and its anchor is a = g*M. W = map_width: the past
 [0, a) of a block is cut into W cells, runs of keys, whose bounds its M queries share; each query estimates
 and selects for itself. Where R rows of N blocks are given instead of all T, they start at first_row.
 
+Below come geometry, selection, attention, the estimate, and SEAttention, which puts them together.
 cell_key_scores, select, attend and pool define the result; kernels.py has the same four in Triton, for GPUs.
 """
 import importlib.util
@@ -32,7 +34,7 @@ class SEAConfig:
     n_head: int
     head_dim: int
     map_width: int = 256         # W, cells in a row of the map (the paper's K)
-    keys_per_query: int = 64     # mean number of selected past keys that a query gets a head (the paper's k)
+    keys_per_query: int = 64     # mean number of selected past keys per query and head (the paper's k)
     query_block: int = 16        # M, neighbouring queries that share cell bounds; 1 is the paper
     num_features: int = 64       # F, width of phi in the kernel attention
     cell_keys: bool = True       # add q . mean(keys of the cell) to each score; False is the paper
@@ -251,9 +253,10 @@ def attention_kl(log_mass, target):
 # Estimate
 
 class Cache:
-    """What new rows need to know of the T tokens before them: nothing at first; each forward adds to it.
+    """What new rows of a layer need to know of the T tokens before them: nothing at first.
 
     With room for all tokens to come it is the state of decoding; without, it serves the rows of one forward.
+    Whoever feeds a layer counts T on after each forward, as OPT.forward does.
     """
 
     def __init__(self, room=0):
@@ -355,7 +358,7 @@ class SEAttention(nn.Module):
     """Attention to the keys that a learned estimate of the attention matrix selects.
 
     forward: q (already scaled by D**-0.5), k, v (B, H, T, D) -> (B, H, T, D). `teacher` is the pair (q, k)
-    whose attention the estimate should match; then `self.kl` holds the distance, nats a query.
+    whose attention the estimate should match; then `self.kl` holds the distance, nats per query.
     In decoding q holds the last R rows of T, and `cache` what the layer knows of those before.
     """
 
@@ -391,7 +394,7 @@ class SEAttention(nn.Module):
         for start in range((T - R) // M * M, T, step):
             first, end = max(start, T - R), min(start + step, T)
             q_rows, k_rows, v_rows = (x[:, :, first - T:][:, :, :end - first] for x in (q, k, v))
-            code = self.encode(q_rows, k_rows, v_rows, first, cache)               # B H HALO+R 2D
+            code = self.encode(q_rows, k_rows, v_rows, first, cache)               # B H <=HALO+R 2D
             log_mass = self.estimate(code, q_rows, k_sum, first)                   # B H R W
             masks.append(ops.select(log_mass.detach().exp(), M, config.keys_per_query, first))
             gates.append(self.gates(code[:, :, first - end:]).sigmoid())           # B H R 2
@@ -406,7 +409,7 @@ class SEAttention(nn.Module):
         seen, *cache.sums = kernel_attention(q, k, values, self.omega, *cache.sums)
         code = self.encoder(torch.cat([seen.to(v.dtype), v], -1))                  # B H R 2D
         if cache.code is not None:
-            code = torch.cat([cache.code, code], 2)                                # B H HALO+R 2D
+            code = torch.cat([cache.code, code], 2)                                # B H <=HALO+R 2D
         cache.code = code[:, :, -HALO:]
         return code
 
@@ -424,7 +427,7 @@ class SEAttention(nn.Module):
     def distance(self, log_mass, teacher, first_row):
         """attention_kl of these rows to the attention of the teacher's q and k: (B, H, R)."""
         M, W, R = self.config.query_block, self.config.map_width, log_mass.shape[2]
-        (q, k), blocks = (x.detach() for x in teacher), anchors(first_row, R, M) // M
+        (q, k), blocks = (x.detach() for x in teacher), anchors(first_row, R, M, log_mass.device) // M
         return attention_kl(log_mass, implementation(log_mass.device).pool(q, k, M, W, blocks)[:, :, :R])
 
     def mix(self, sparse, v, gates, cache):

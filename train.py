@@ -23,17 +23,17 @@ from pathlib import Path
 import torch
 
 import sea
-from data.common import FOLDER, Parser, fail, load, number, one_line, replace, windows
-from data.engine import (RANK, RANKS, any_rank, check_memory, ctrl_c, join_ranks, leave, optimizer_step,
-                         parallel, peak_memory, pick_device, pick_precision, resume, save_checkpoint,
+from data.common import FOLDER, Parser, fail, load, number, one_line, windows, write_whole
+from data.engine import (RANK, RANKS, any_rank, check_fit, ctrl_c, first_rank_first, join_ranks, leave,
+                         optimizer_step, parallel, peak_memory, pick_device, pick_precision, resume, save_checkpoint,
                          settings_of, step_batches)
 from model import ATTENTIONS, OPT, OPTConfig
 
 PRESETS = {
     "cuda": dict(n_layer=6, n_head=6, n_embd=384, context=2048, map_width=256, keys_per_query=64,
                  query_block=16, batch_size=16, steps=1500, warmup=100, eval_interval=250),
-    "cpu": dict(n_layer=4, n_head=4, n_embd=256, context=256, map_width=64, keys_per_query=16,
-                query_block=8, batch_size=12, steps=250, warmup=25, eval_interval=50),
+    "cpu": dict(n_layer=4, n_head=4, n_embd=256, context=128, map_width=32, keys_per_query=8,
+                query_block=8, batch_size=24, steps=280, warmup=28, eval_interval=70),
 }
 COLUMNS = "step loss attention_kl val_loss lr ms tokens_per_s peak_gib".split()      # of log.csv
 
@@ -56,7 +56,7 @@ def parse_arguments():
     add("context", "T, tokens that the model looks at")
     group = parser.add_argument_group("SEA")
     add("map_width", "W, cells in a row of the map")
-    add("keys_per_query", "selected past keys, the mean a query and head")
+    add("keys_per_query", "selected past keys per query and head, on average")
     add("query_block", "M, neighbouring queries that share cell bounds")
     group.add_argument("--num-features", type=number(int, 1), default=64, help="F, width of phi")
     group.add_argument("--cell-keys", action=argparse.BooleanOptionalAction, default=True,
@@ -86,14 +86,14 @@ def add_training(group, weight_decay):
                        help="micro-batches in a step, on each GPU")
     group.add_argument("--weight-decay", type=number(float, 0), default=weight_decay,
                        help="of matrices; nothing else decays")
-    group.add_argument("--clip", type=number(float, 0), default=1.0, help="largest norm of the gradient")
+    group.add_argument("--clip", type=number(float, 0), default=1.0, help="largest norm of the gradient; 0: any")
     group.add_argument("--seed", type=number(int, 0), default=1337, help="of weights and batches")
 
 
 def add_running(group):
     group.add_argument("--resume", action="store_true", help="go on from the ckpt.pt of the same flags")
     group.add_argument("--device", default="auto", choices=("auto", *PRESETS), help="auto: a GPU if any")
-    group.add_argument("--eval-windows", type=number(int, 1), default=200, help="windows to evaluate on")
+    group.add_argument("--eval-windows", type=number(int, 1), default=400, help="windows to evaluate on")
     group.add_argument("--log-interval", type=number(int, 1), default=10, help="steps between lines")
 
 
@@ -105,7 +105,7 @@ def complete(args, presets):
 
 @torch.no_grad()
 def evaluate(model, data, batch_size, at_most, precision):
-    """Mean loss, nats a token, over contiguous windows of a split, `at_most` of them evenly spread: the same
+    """Mean loss, nats per token, over contiguous windows of a split, `at_most` of them evenly spread: the same
     ones for every model of this context."""
     context, device = model.config.context, next(model.parameters()).device
     starts = torch.arange(0, len(data) - context, context)
@@ -122,26 +122,30 @@ def evaluate(model, data, batch_size, at_most, precision):
 
 
 def learning_rate(step, peak, warmup, steps):
-    """Linear warm-up, then a cosine down to a tenth of the peak at the last step."""
+    """Linear warm-up, then a cosine towards a tenth of the peak."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * (0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def make_optimizer(model, lr, weight_decay):
-    """AdamW; matrices decay, while biases, norms and the weights of scores do not."""
-    decays = lambda name, p: p.dim() >= 2 and "score_weights" not in name
-    groups = [dict(params=[p for name, p in model.named_parameters() if decays(name, p) == yes],
-                   weight_decay=weight_decay * yes) for yes in (True, False)]
+def make_optimizer(model, lr, weight_decay, new=1.):
+    """AdamW. Matrices decay; biases, norms and the weights of scores do not. What the attention adds to OPT
+    learns at `new` times lr."""
+    groups = {}
+    for name, p in model.named_parameters():
+        decays, added = p.dim() >= 2 and "score_weights" not in name, ".attention." in name
+        groups.setdefault((decays, added), []).append(p)
+    groups = [dict(params=params, weight_decay=weight_decay * decays, peak=lr * (new if added else 1.))
+              for (decays, added), params in groups.items()]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=next(model.parameters()).is_cuda)
 
 
 def open_data(args):
     """Train and validation tokens and their meta data; prepares the embedded data set where it is missing."""
-    if RANK == 0 and args.data == "stdlib" and not (FOLDER / "stdlib" / "meta.json").exists():
-        if subprocess.run([sys.executable, FOLDER / "stdlib.py"]).returncode:
-            raise SystemExit(2)
-    any_rank(False, args.device)                                 # the others wait for the first one
+    with first_rank_first(args.device):
+        if args.data == "stdlib" and not (FOLDER / "stdlib" / "meta.json").exists():
+            if subprocess.run([sys.executable, FOLDER / "stdlib.py"]).returncode:
+                raise SystemExit(2)
     train, val, meta = load(args.data)
     if min(len(train), len(val)) <= args.context:
         fail(f"data/{args.data} has {len(train):,} tokens to train on and {len(val):,} to validate; "
@@ -153,7 +157,7 @@ def make_model(args, vocab_size):
     names = [field.name for field in fields(OPTConfig) if hasattr(args, field.name)]
     with one_line(ValueError):
         config = OPTConfig(vocab_size=vocab_size, **{name: getattr(args, name) for name in names})
-    check_memory(config, args.batch_size, args.device)
+    check_fit(config, args.batch_size, args.device)
     return OPT(config).to(args.device)
 
 
@@ -175,7 +179,7 @@ def open_log(path, done):
     rows = [row for row in rows if row.count(",") == len(COLUMNS) - 1 and row.split(",")[0].isdecimal()]
     kept = [row for row in rows if int(row.split(",")[0]) <= done]
     if RANK == 0:
-        replace(path, "\n".join([",".join(COLUMNS), *kept, ""]).encode())
+        write_whole(path, "\n".join([",".join(COLUMNS), *kept, ""]).encode())
     return csv.writer(open(os.devnull if RANK else path, "a", newline="", buffering=1), lineterminator="\n")
 
 
@@ -213,7 +217,7 @@ def main():
     mark, marked = begin, done
     for step in range(done + 1, args.steps + 1):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step - 1, args.lr, args.warmup, args.steps)
+            group["lr"] = learning_rate(step - 1, group["peak"], args.warmup, args.steps)
         batches = step_batches(tokens, args.context, args, step)
         validate, val_loss = step % args.eval_interval == 0 or step == args.steps, None
         with one_line(FloatingPointError, hint=f"this is step {step}: try a lower --lr or a longer --warmup"):

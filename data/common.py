@@ -84,10 +84,10 @@ def write(name, texts, tokenizer, source, opt_folder=None):
     folder.mkdir(exist_ok=True)
     for split, text in texts.items():
         tokens = np.array(enc.encode_ordinary(text), dtype=np.uint16)
-        replace(folder / f"{split}.bin", tokens.tobytes())
+        write_whole(folder / f"{split}.bin", tokens.tobytes())
         counts[split] = len(tokens)
     meta = dict(tokenizer=tokenizer, vocab_size=enc.n_vocab, tokens=counts, source=source)
-    replace(folder / "meta.json", json.dumps(meta, indent=1).encode())
+    write_whole(folder / "meta.json", json.dumps(meta, indent=1).encode())
     shown = zip(counts.values(), ("tokens to train on", "to validate", "to test"))
     print(f"data/{name}: {', '.join(f'{n:,} {use}' for n, use in shown)} ({tokenizer})")
 
@@ -108,7 +108,7 @@ def whole_file(path):
         part.unlink(missing_ok=True)
 
 
-def replace(path, content):
+def write_whole(path, content):
     """Write a file whole or not at all."""
     with whole_file(path) as file:
         file.write(content)

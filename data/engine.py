@@ -11,18 +11,19 @@ import signal
 import sys
 import zipfile
 import zlib
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from data.common import fail, first_line, random_batch, whole_file
+import sea
+from data.common import fail, first_line, one_line, random_batch, whole_file
 from model import OPT, OPTConfig
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # as torchrun sets them
-RUNNING = "out device compile eval_interval eval_windows log_interval save_interval split resume".split()
+RUNNING = "out device compile eval_interval log_interval save_interval resume".split()
 
 
 def pick_device(wanted):
@@ -50,10 +51,13 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
 
 
-def check_memory(config, batch_size, device):
-    """Stop before what cannot fit. It is a lower bound: 16 bytes a weight, with its gradient and two means,
-    24 C a token and layer, the logits, and the map of one layer."""
-    C, tokens = config.n_embd, batch_size * config.context
+def check_fit(config, batch_size, device):
+    """Stop before what the kernels or the memory cannot take. Memory is a lower bound: 16 bytes per weight, its
+    gradient and two means, 24 C per token and layer, the logits, and the map of one layer."""
+    ops, C, tokens = sea.implementation(device), config.n_embd, batch_size * config.context
+    if config.attention == "sea" and ops is not sea:
+        with one_line(ValueError):
+            ops.check_sizes(C // config.n_head, config.query_block, config.map_width, config.n_head)
     weights = 12 * config.n_layer * C * C + (config.vocab_size + config.context) * C
     cells = config.n_head * (config.map_width + config.num_features) * (config.attention == "sea")
     needed = 16 * weights + 4 * tokens * (6 * config.n_layer * C + config.vocab_size + cells)
@@ -87,7 +91,8 @@ def optimizer_step(model, optimizer, batches, losses_of, clip, precision):
                 losses = losses_of(*batch)
             (losses[0] / len(batches)).backward()
         means += torch.stack([loss.detach().to(losses[0].device) for loss in losses]) / len(batches)
-    norm, means = torch.nn.utils.clip_grad_norm_(model.parameters(), clip), mean_of_ranks(means)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
+    means = mean_of_ranks(means)
     if not (norm + means.sum()).isfinite():                      # waits for the GPU
         raise FloatingPointError(f"the loss is {means[0]:.4g}, its gradient's norm {norm:.4g}")
     optimizer.step()
@@ -196,6 +201,18 @@ def mean_of_ranks(x):
     return x / RANKS
 
 
+@contextmanager
+def first_rank_first(device):
+    """What may write a file that all ranks read: the first one does it alone, then the others."""
+    if RANK:
+        any_rank(False, device)
+    yield
+    if RANK == 0:
+        any_rank(False, device)
+
+
 def any_rank(yes, device):
     """Is it so on any rank? They wait here for each other."""
+    if RANKS == 1:
+        return bool(yes)
     return mean_of_ranks(torch.tensor(float(bool(yes)), device=device)).item() > 0

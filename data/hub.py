@@ -49,7 +49,7 @@ def model_file(name_or_folder, file, url=None):
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         fetch(f"{url or f'https://huggingface.co/{name}/resolve/main'}/{file}", path,
-              "give the address of a mirror (url), or put the files into a folder and name that folder")
+              "put the files into a folder and name it: distill.py --teacher, data/wikitext2.py --opt-folder")
     return path
 
 
@@ -122,6 +122,7 @@ class OPTEncoding:
         unmerged = len(ids) - len(self.id_of_rank)  # few: <mask>, madeupword0000; many where merges are lost
         if self.id_of_rank[-4:] != [0, 1, 2, 3] or not one_to_one or unmerged > 16:
             raise ValueError(f"{vocab} does not number the tokens of {merges} as OPT does; fetch both again")
+        self.ids = sorted(self.rank_of_id)           # 50265 numbers, a few of them without a token
         self.merges = tiktoken.Encoding("opt", pat_str=self.WORDS, mergeable_ranks=ranks,
                                         special_tokens=special)
         self.n_vocab = max(ids.values()) + 1         # 50265; OPT's embedding has 50272 rows, some are unused

@@ -1,6 +1,6 @@
 """WikiText-2, raw: 13 MB of Wikipedia articles in three splits, the text on which the paper measures OPT.
 
-    python data/wikitext2.py       then: python distill.py --data wikitext2
+    python data/wikitext2.py       then: python distill.py --teacher facebook/opt-125m
 """
 import sys
 import zipfile

@@ -1,4 +1,4 @@
-"""Distillation: a student starts where its teacher is, learns, stays linear in memory, and mistakes are said."""
+"""Distillation: a student starts where its teacher is, learns and stays linear in memory."""
 import math
 import sys
 from contextlib import nullcontext
@@ -20,7 +20,8 @@ SMALL = dict(vocab_size=256, context=64, n_layer=2, n_head=2, n_embd=64, map_wid
              query_block=4)
 SETTINGS = dict(lr=1e-3, new_lr=10., weight_decay=0.01, warmup=5, steps=60, batch_size=8, seed=1, clip=1.0,
                 accumulate=1, save_interval=100,
-                log_interval=1, device="cpu", **{f"weight_{name}": w for name, (w, _) in distill.WEIGHTS.items()})
+                log_interval=1, device="cpu",
+                **{f"weight_{name}": weight for name, (weight, _) in distill.WEIGHTS.items()})
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def test_losses_are_zero_against_oneself(teacher, tokens):
 @pytest.mark.parametrize("attention", ["sea", "window", "performer", "dense"])
 def test_two_rates_and_every_parameter_once(teacher, attention):
     student = student_of(teacher, attention)
-    groups = distill.make_optimizer(student, SimpleNamespace(**SETTINGS)).param_groups
+    groups = train.make_optimizer(student, 1e-3, 0.01, new=10.).param_groups
     rates = {id(p): group["peak"] for group in groups for p in group["params"]}
     assert sum(len(group["params"]) for group in groups) == len(rates) == len(list(student.parameters()))
     for name, p in student.named_parameters():
@@ -92,7 +93,7 @@ def test_keys_and_mass(teacher, tokens):
     few, less = distill.keys_and_mass(student_of(teacher, keys_per_query=4), idx)
     assert few < keys and 0 < less < mass
     window, _ = distill.keys_and_mass(student_of(teacher, "window", keys_per_query=4), idx)
-    assert window < 4 + 2 + 1                              # as many as SEA's 4 past ones and half its own block
+    assert window < 4 + 2 + 1                    # as many as SEA's 4 past ones and half its own block
 
 
 class LargestTensor(TorchDispatchMode):

@@ -19,7 +19,8 @@ from model import OPT, OPTConfig
 
 # tokens to trip over: tags, halves of a character, controls
 ODD = [b"</script>", b"<!--", b"<script>", b" <b>", b"&amp;\"'\\", b"PAGE_DATA", "\u00e9".encode(),
-       b"\xf0\x9f", b"\x98", b"\n", b"\tif", b" x:\x01", "\u2028".encode(), "\U0001f600".encode(), b" ", b"end"]
+       b"\xf0\x9f", b"\x98", b"\n", b"\tif", b" x:\x01", "\u2028".encode(), "\U0001f600".encode(),
+       b" ", b"end"]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
@@ -164,7 +165,7 @@ def test_a_write_that_fails_leaves_the_old_page(function, tmp_path, monkeypatch,
     def full(*args):
         raise OSError(28, "No space left on device")
     (tmp_path / "a.html").write_text("the old page")
-    real, late = sample.replace, lambda *args: monkeypatch.setattr(os, function, full) or real(*args)
+    real, late = sample.write_whole, lambda *args: monkeypatch.setattr(os, function, full) or real(*args)
     monkeypatch.setattr(sample, "replace", late)             # the disk is full from here on
     status, _, err = run("--attention a.html", "x", tmp_path, small_model(), monkeypatch, capsys)
     assert status == 2 and "No space left" in err and len(err.strip().splitlines()) == 1
