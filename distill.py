@@ -21,8 +21,8 @@ import torch.nn.functional as F
 
 from data.common import Parser, fail, load, number, one_line
 from data.engine import (any_rank, check_fit, ctrl_c, fingerprint, first_rank_first, join_ranks, leave,
-                         load_checkpoint, optimizer_step, parallel, peak_memory, pick_precision, resume, save_checkpoint,
-                         settings_of, step_batches)
+                         load_checkpoint, optimizer_step, parallel, peak_memory, pick_precision, resume,
+                         save_checkpoint, settings_of, step_batches)
 from model import ATTENTIONS, OPT
 from train import (add_preset, add_running, add_training, complete, evaluate, learning_rate,
                    make_optimizer)
@@ -174,7 +174,7 @@ def with_attention(teacher, attention, settings):
 
 
 def describe(name, model, tokens, args, precision):
-    """Print what a model is worth on the split, and return it: loss, keys a query, their share of mass."""
+    """Print what a model is worth on the split, and return it: loss, keys per query, their share of mass."""
     with one_line(FloatingPointError, hint=f"the {name} is spoilt"):
         loss = evaluate(model, tokens, args.batch_size, args.eval_windows, precision)
     idx = torch.from_numpy(tokens[:model.config.context].astype("int64"))[None].to(args.device)

@@ -3,7 +3,7 @@ Write text with a model that train.py or distill.py made, or look at what its at
 
     python sample.py                            from out/ckpt.pt
     python sample.py --prompt "def main():" --max-new-tokens 500 --temperature 0.5
-    python sample.py --prompt "$(head -c 256 sea.py)" --attention page.html        then open page.html
+    python sample.py --prompt "$(head -c 120 sea.py)" --attention page.html        then open page.html
 """
 import base64
 import codecs

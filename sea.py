@@ -128,7 +128,7 @@ def select(mass, query_block, keys_per_query, first_row=0):
     """Give each query its cell_budget largest estimates over all heads, the lower column first among equals.
 
     mass (B, H, R, W): the estimated mass of each cell -> FlatCSR. Empty cells are never selected.
-    This is the paper's grouped top-k (section 3.2), for each query apart.
+    This is the paper's grouped top-k, for each query apart.
     """
     (B, H, R, W), M, device = mass.shape, query_block, mass.device
     anchor = anchors(first_row, R, M)

@@ -25,8 +25,8 @@ import torch
 import sea
 from data.common import FOLDER, Parser, fail, load, number, one_line, windows, write_whole
 from data.engine import (RANK, RANKS, any_rank, check_fit, ctrl_c, first_rank_first, join_ranks, leave,
-                         optimizer_step, parallel, peak_memory, pick_device, pick_precision, resume, save_checkpoint,
-                         settings_of, step_batches)
+                         optimizer_step, parallel, peak_memory, pick_device, pick_precision, resume,
+                         save_checkpoint, settings_of, step_batches)
 from model import ATTENTIONS, OPT, OPTConfig
 
 PRESETS = {
@@ -86,7 +86,7 @@ def add_training(group, weight_decay):
                        help="micro-batches in a step, on each GPU")
     group.add_argument("--weight-decay", type=number(float, 0), default=weight_decay,
                        help="of matrices; nothing else decays")
-    group.add_argument("--clip", type=number(float, 0), default=1.0, help="largest norm of the gradient; 0: any")
+    group.add_argument("--clip", type=number(float, 0), default=1.0, help="largest gradient norm; 0: any")
     group.add_argument("--seed", type=number(int, 0), default=1337, help="of weights and batches")
 
 
@@ -105,8 +105,8 @@ def complete(args, presets):
 
 @torch.no_grad()
 def evaluate(model, data, batch_size, at_most, precision):
-    """Mean loss, nats per token, over contiguous windows of a split, `at_most` of them evenly spread: the same
-    ones for every model of this context."""
+    """Mean loss, nats per token, over contiguous windows of a split, `at_most` of them evenly spread: the
+    same ones for every model of this context."""
     context, device = model.config.context, next(model.parameters()).device
     starts = torch.arange(0, len(data) - context, context)
     starts = starts[torch.linspace(0, len(starts) - 1, min(at_most, len(starts))).long()]

@@ -52,8 +52,8 @@ def peak_memory(device):
 
 
 def check_fit(config, batch_size, device):
-    """Stop before what the kernels or the memory cannot take. Memory is a lower bound: 16 bytes per weight, its
-    gradient and two means, 24 C per token and layer, the logits, and the map of one layer."""
+    """Stop before what the kernels or the memory cannot take. Memory is a lower bound: 16 bytes per weight,
+    its gradient and two means, 24 C per token and layer, the logits, and the map of one layer."""
     ops, C, tokens = sea.implementation(device), config.n_embd, batch_size * config.context
     if config.attention == "sea" and ops is not sea:
         with one_line(ValueError):
