@@ -22,16 +22,11 @@ from sample import pictures
 
 TEXT = """\
 class Table:
-    def __init__(self, rows, width):
+    def __init__(self, rows):
         self.rows = rows
-        self.width = width
-
-    def __len__(self):
-        return len(self.rows)
 
     def line(self, i):
-        row = self.rows[i]
-        return " | ".join(str(x) for x in row)"""
+        return self.rows[i]"""
 # the page's shades: lightness only falls from the first to the last
 STOPS = "#f6f5e6", "#cfe3b4", "#86c7a4", "#3f9fa6", "#2b6d9d", "#27397c", "#160f3f"
 
@@ -65,7 +60,7 @@ def draw(estimate, mask, used, dense, block, path):
                             cmap=LinearSegmentedColormap.from_list("sea", STOPS), interpolation="nearest")
         axis.set_title(title, fontsize=14, fontweight="bold", loc="left", pad=23)
         axis.text(0, 1.03, note, transform=axis.transAxes)
-        axis.set(xlabel="key", xticks=range(0, len(mask), 100), yticks=range(0, len(mask), 100))
+        axis.set(xlabel="key", xticks=range(0, len(mask), 50), yticks=range(0, len(mask), 50))
     axes[0].set_ylabel("query")
     bar = figure.colorbar(image, ax=axes, ticks=[0, 0.01, 0.1, 1], shrink=0.7, pad=0.015)
     bar.ax.set_yticklabels(["0", "1 %", "10 %", "100 %"])

@@ -19,6 +19,8 @@ import statistics
 import sys
 import time
 from contextlib import nullcontext
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -28,8 +30,10 @@ from torch.nn.functional import scaled_dot_product_attention
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import sea  # noqa: E402
 from model import ATTENTIONS, OPT, OPTConfig  # noqa: E402
+from train import PRESETS  # noqa: E402
 
 SMOOTH = 64
+SETTINGS = "map_width", "keys_per_query", "query_block"
 FIELDS = ["what", "T", "M", "keys_per_query", "map_width", "pass", "ms", "MiB"]
 
 
@@ -269,7 +273,8 @@ def bench_model(args, precision, writer):
 def bench_decode(args, precision, writer, lengths=(1024, 4096, 16384), rounds=8, tokens=16):
     """Time of a token when the cache holds about T. B = 1, random weights and text, at every T the sizes of
     train.py's CPU preset. Lengths take turns, so that what else the machine does meets all alike."""
-    sizes = dict(n_layer=4, n_head=4, n_embd=256, map_width=64, keys_per_query=16, query_block=8)
+    preset = PRESETS["cpu"]
+    sizes = {name: preset[name] for name in ("n_layer", "n_head", "n_embd", *SETTINGS)}
     print(f"decoding, {sizes}, {torch.get_num_threads()} threads: median (least) ms a token after T")
     print(f"    {'attention':12}" + "".join(f"{T:>18}" for T in lengths) + "    last / first", flush=True)
     for kind in ATTENTIONS:
@@ -288,15 +293,17 @@ def bench_decode(args, precision, writer, lengths=(1024, 4096, 16384), rounds=8,
         numbers = "".join(f"{m:>9.2f} ({1000 * min(seconds[T]):6.2f})" for T, m in zip(lengths, ms))
         print(f"    {kind:12}{numbers}{ms[-1] / ms[0]:>16.2f}", flush=True)
         for T, m in zip(lengths, ms):
-            writer.writerow({"what": f"decode, {kind}", "T": T, "M": 8, "keys_per_query": 16, "map_width": 64,
-                             "pass": "token", "ms": m})
+            writer.writerow({"what": f"decode, {kind}", "T": T, "M": preset["query_block"], "pass": "token",
+                             "keys_per_query": preset["keys_per_query"], "map_width": preset["map_width"],
+                             "ms": m})
 
 
 def main():
     args = parse_arguments()
     cuda = args.device == "cuda"
     precision = torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext()
-    print(torch.cuda.get_device_name() if cuda else "CPU", "torch " + torch.__version__, sep=", ")
+    versions = [f"{name} {version(name)}" for name in ("torch", "triton") if find_spec(name)]
+    print(torch.cuda.get_device_name() if cuda else "CPU", *versions, sep=", ")
     print(f"B 1, H {args.heads}, D {args.head_dim}, {'bfloat16' if cuda else 'float32'}; synthetic q, k, v: "
           f"differences of a random walk over {SMOOTH} tokens")
     with open(args.csv, "w", newline="") as file:
