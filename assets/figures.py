@@ -7,8 +7,8 @@ needs a package to draw with: pip install matplotlib.
 The README's picture of the page, assets/page.png, is Chromium's, 1000 pixels wide, of the same text:
 
     python sample.py --attention page.html --prompt "$(python assets/figures.py --text)"
-    chromium --headless --hide-scrollbars --virtual-time-budget=4000 --window-size=1000,1115 \\
-        --screenshot=assets/page.png "file://$PWD/page.html#layer=3&head=0&token=235"
+    chromium --headless --hide-scrollbars --virtual-time-budget=4000 --window-size=1000,990 \\
+        --screenshot=assets/page.png "file://$PWD/page.html#layer=1&head=1&token=112"
 """
 import sys
 from pathlib import Path
@@ -34,8 +34,8 @@ STOPS = "#f6f5e6", "#cfe3b4", "#86c7a4", "#3f9fa6", "#2b6d9d", "#27397c", "#160f
 def parse_arguments():
     parser = Parser(__doc__)
     parser.add_argument("--checkpoint", default="out/ckpt.pt", help="of a model with SEA attention")
-    parser.add_argument("--layer", type=int, default=3, help="the layer to draw")
-    parser.add_argument("--head", type=int, default=0, help="the head to draw")
+    parser.add_argument("--layer", type=int, default=1, help="the layer to draw")
+    parser.add_argument("--head", type=int, default=1, help="the head to draw")
     parser.add_argument("--text", action="store_true", help="print the text and draw nothing")
     return parser.parse_args()
 
@@ -50,7 +50,7 @@ def draw(estimate, mask, used, dense, block, path):
     used_keys, kept = mask.sum(-1).mean(), (dense * mask).sum(-1).mean()
     past, seen = key < query // block * block, key <= query
     panels = [("1  estimate", "a cheap guess, by cells", estimate, past),
-              ("2  select", f"{used_keys:.0f} of {(len(mask) + 1) / 2:.0f} keys a query", mask, seen),
+              ("2  select", f"{used_keys:.0f} of {(len(mask) + 1) / 2:.0f} keys per query", mask, seen),
               ("3  attend", "softmax over those keys", used, seen),
               ("dense, to compare", f"{100 * kept:.0f} % of it is on those keys", dense, seen)]
     plt.rcParams.update({"font.size": 11, "axes.edgecolor": "#888888"})
