@@ -206,7 +206,7 @@ def distill(student, teacher, tokens, args, precision, optimizer=None, done=0, s
             seconds = (time.time() - mark) / (step - marked)
             left = (args.steps - step) * seconds
             print(f"step {step}/{args.steps}", *(f" {name} {loss:.4f}" for name, loss in losses.items()),
-                  f" {1000 * seconds:.0f} ms  {left // 60:.0f}:{left % 60:02.0f} left", flush=True)
+                  f" {1000 * seconds:.0f} ms  {int(left) // 60}:{int(left) % 60:02d} left", flush=True)
             mark, marked = time.time(), step
         stop = any_rank(pressed, args.device)
         if stop or step % args.save_interval == 0 or step == args.steps:

@@ -124,6 +124,7 @@ def flat_csr_layout(anchor, H, M, W, keys_per_query):
     return budget, room.cumsum(0) - room, int(room.sum())
 
 
+@torch.compiler.disable        # sizes depend on the data
 def select(mass, query_block, keys_per_query, first_row=0):
     """Give each query its cell_budget largest estimates over all heads, the lower column first among equals.
 
@@ -196,6 +197,7 @@ def attend_rows(q, k, v, allowed, chunk=256):
     return torch.cat(out, 2)
 
 
+@torch.compiler.disable
 def attend(q, k, v, mask):
     """Exact attention to the selected cells and the own block: q (B, H, R, D), the last R queries of T,
     k, v (B, H, T, D), mask FlatCSR -> (B, H, R, D)."""
@@ -224,6 +226,7 @@ def attend_last(q, k, v, mask):
     return (out / total[:, None]).to(q.dtype).view(B, H, 1, D)
 
 
+@torch.compiler.disable
 def pool(q, k, query_block, map_width, blocks=None, chunk=256):
     """The mass of q's attention to the past k in each cell, renormalised; zeros where there is no past.
 

@@ -188,7 +188,7 @@ def report(log, args, step, losses, val_loss, seconds, rate):
     speed = args.batch_size * args.accumulate * RANKS * args.context / seconds
     left, memory = (args.steps - step) * seconds, peak_memory(args.device)
     print(f"step {step}/{args.steps}  loss {losses[0]:.4f}  kl {losses[1]:.4f}  {1000 * seconds:.0f} ms  "
-          f"{speed:,.0f} tokens/s  {memory:.2f} GiB  {left // 60:.0f}:{left % 60:02.0f} left"
+          f"{speed:,.0f} tokens/s  {memory:.2f} GiB  {int(left) // 60}:{int(left) % 60:02d} left"
           + (f"  val_loss {val_loss:.4f}" if val_loss else ""), flush=True)
     log.writerow([step, *losses, val_loss, rate, 1000 * seconds, speed, memory])
 

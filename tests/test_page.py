@@ -166,7 +166,7 @@ def test_a_write_that_fails_leaves_the_old_page(function, tmp_path, monkeypatch,
         raise OSError(28, "No space left on device")
     (tmp_path / "a.html").write_text("the old page")
     real, late = sample.write_whole, lambda *args: monkeypatch.setattr(os, function, full) or real(*args)
-    monkeypatch.setattr(sample, "replace", late)             # the disk is full from here on
+    monkeypatch.setattr(sample, "write_whole", late)             # the disk is full from here on
     status, _, err = run("--attention a.html", "x", tmp_path, small_model(), monkeypatch, capsys)
     assert status == 2 and "No space left" in err and len(err.strip().splitlines()) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.html", "ckpt.pt"]
