@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from data.common import Parser, fail, load, number, one_line
 from data.engine import (any_rank, check_fit, ctrl_c, fingerprint, first_rank_first, join_ranks, leave,
                          load_checkpoint, optimizer_step, parallel, peak_memory, pick_precision, resume,
-                         save_checkpoint, settings_of, step_batches)
+                         save_checkpoint, settings_of, step_batches, training_script)
 from model import ATTENTIONS, OPT
 from train import (add_preset, add_running, add_training, complete, evaluate, learning_rate,
                    make_optimizer)
@@ -79,10 +79,10 @@ def parse_arguments():
 # What both models compute on the way, and how far apart it is
 
 class Trace:
-    """What a model computes while this is open: hidden states, attention outputs, q, k, v of each layer."""
+    """What a model computes while this is open: hidden states, attention outputs, q and k of each layer."""
 
     def __init__(self, model):
-        self.model, self.hidden, self.outputs, self.attended = model, [], [], []
+        self.model, self.hidden, self.outputs, self.queries_keys = model, [], [], []
 
     def __enter__(self):
         keep = lambda where: lambda module, args, out: where.append(out)
@@ -91,7 +91,7 @@ class Trace:
             self.hooks += [block.register_forward_hook(keep(self.hidden)),
                            block.self_attn.register_forward_hook(keep(self.outputs)),
                            block.self_attn.attention.register_forward_pre_hook(
-                               lambda module, args: self.attended.append((module, *args[:3])))]
+                               lambda module, args: self.queries_keys.append(args[:2]))]
         return self
 
     def __exit__(self, *error):
@@ -105,7 +105,7 @@ def distillation_losses(student, teacher, idx, targets, run=None):
     with torch.no_grad(), Trace(teacher) as wanted:
         wanted_logits, _ = teacher(idx)                                                       # B T V
     with Trace(student) as made:
-        logits, loss = (run or student)(idx, targets, teacher=[(q, k) for _, q, k, _ in wanted.attended])
+        logits, loss = (run or student)(idx, targets, teacher=wanted.queries_keys)
     mse = lambda ours, theirs: sum(F.mse_loss(x.float(), y.float()) for x, y in zip(ours, theirs)) / len(ours)
     log_q, log_p = (x.flatten(0, 1).float().log_softmax(-1) for x in (logits, wanted_logits))      # BT V
     return dict(hidden=mse(made.hidden, wanted.hidden), output=mse(made.outputs, wanted.outputs), text=loss,
@@ -216,8 +216,7 @@ def distill(student, teacher, tokens, args, precision, optimizer=None, done=0, s
     return losses
 
 
-@one_line(OSError, KeyboardInterrupt, hint="a checkpoint that was written before is whole, --resume goes on")
-@one_line(MemoryError, torch.OutOfMemoryError, hint="lower --batch-size (and raise --accumulate)")
+@training_script
 def main():
     args = parse_arguments()
     join_ranks(args.device)

@@ -232,7 +232,7 @@ def pool(q, k, query_block, map_width, blocks=None, chunk=256):
 
     q, k (B, H, T, D) -> (B, H, T, W). For `blocks`, N int64 indices: (B, H, N*M, W), zeros beyond T.
     """
-    (B, H, T, D), M, W = q.shape, query_block, map_width
+    (B, H, T, _), M, W = q.shape, query_block, map_width
     wanted, out = torch.arange(-(-T // M)) if blocks is None else blocks, []
     for few in wanted.to(q.device).split(max(1, chunk // M)):
         rows = (few[:, None] * M + torch.arange(M, device=q.device)).flatten()                # R
@@ -447,7 +447,7 @@ class SEAttention(nn.Module):
     def look(self, q, k, v):
         """For looking at, three (B, H, T, T): the estimated attention to the past (a query's own block is not
         estimated), the selected mask, and the attention probabilities under it."""
-        (B, H, T, D), M, W = q.shape, self.config.query_block, self.config.map_width
+        (B, H, T, _), M, W = q.shape, self.config.query_block, self.config.map_width
         rows = torch.arange(T, device=q.device)
         log_mass = self.estimate(self.encode(q, k, v, 0, Cache()), q, running_sum(k), 0)      # B H T W
         past, cell = cell_of_key(rows, T, M, W)                                               # T T

@@ -26,7 +26,7 @@ import sea
 from data.common import FOLDER, Parser, fail, load, number, one_line, windows, write_whole
 from data.engine import (RANK, RANKS, any_rank, check_fit, ctrl_c, first_rank_first, join_ranks, leave,
                          optimizer_step, parallel, peak_memory, pick_device, pick_precision, resume,
-                         save_checkpoint, settings_of, step_batches)
+                         save_checkpoint, settings_of, step_batches, training_script)
 from model import ATTENTIONS, OPT, OPTConfig
 
 PRESETS = {
@@ -193,8 +193,7 @@ def report(log, args, step, losses, val_loss, seconds, rate):
     log.writerow([step, *losses, val_loss, rate, 1000 * seconds, speed, memory])
 
 
-@one_line(OSError, KeyboardInterrupt, hint="a checkpoint that was written before is whole, --resume goes on")
-@one_line(MemoryError, torch.OutOfMemoryError, hint="lower --batch-size (and raise --accumulate)")
+@training_script
 def main():
     args = parse_arguments()
     join_ranks(args.device)
@@ -208,8 +207,9 @@ def main():
     run = parallel(torch.compile(model) if args.compile else model)
     precision, why = pick_precision(args.device)
     print(f"preset {args.device}:", *(f"{name} {getattr(args, name)}" for name in PRESETS[args.device]))
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {args.attention} attention "
-          f"({sea.implementation(args.device).__name__}.py), {why}; data/{args.data}: {meta['source']}")
+    by = f" by {sea.implementation(args.device).__name__}.py" if args.attention == "sea" else ""
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {args.attention} attention"
+          f"{by}, {why}; data/{args.data}: {meta['source']}")
 
     with one_line(OSError, hint="give another folder by --out"):
         args.out.mkdir(parents=True, exist_ok=True)

@@ -71,6 +71,13 @@ def check_fit(config, batch_size, device):
              "--batch-size (and raise --accumulate), or take a smaller model or --context")
 
 
+def training_script(main):
+    """The main of a script that trains: what its user or the machine may cause is told in one line."""
+    smaller = one_line(MemoryError, torch.OutOfMemoryError, hint="lower --batch-size, raise --accumulate")
+    whole = one_line(OSError, KeyboardInterrupt, hint="a checkpoint already there is whole, --resume goes on")
+    return whole(smaller(main))
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Steps
 

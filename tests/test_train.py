@@ -121,7 +121,7 @@ def test_the_estimator_finds_more_of_a_dense_models_attention_than_a_window(text
         for name, p in student.named_parameters():
             p.requires_grad_(".attention." in name)
         learn(student, text, 150, kl_weight=1.0)
-        seen, masks = [], []
+        seen = []
         for block in student.layers:
             attention = block.self_attn.attention
             attention.register_forward_pre_hook(lambda layer, args: seen.append((layer, args)))
