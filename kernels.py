@@ -2,10 +2,10 @@
 Triton kernels for the steps of SEA that touch many keys or cells. sea.py has the same functions in PyTorch
 and is the reference: names, signatures and results agree, as do the letters B H T R D M W N.
 
-    cell_key_scores    one program per (batch, head, block, tile of cells)
-    select             one per query finds its threshold; one per block joins its queries and writes FlatCSR
-    attend             one per (batch, head, block), forward and backward
-    pool               one per (batch, head, ROWS queries of neighbouring blocks)
+    log_mass   one program per (batch, head, block), forward and backward
+    select     one per query finds its threshold; one per block joins its queries and writes FlatCSR
+    attend     one per (batch, head, block), forward and backward
+    pool       one per (batch, head, ROWS queries of neighbouring blocks)
 
 Products take the inputs' dtype and add up in float32. With TRITON_INTERPRET=1 all runs on the CPU, for tests.
 """
@@ -51,7 +51,7 @@ def check_sizes(D, M, W, H=1):
 
 def strided(x):
     """x as the kernels take it: its address and all strides but the last, which is 1."""
-    return x, *x.stride()[:3]
+    return x if x is None else (x, *x.stride()[:3])
 
 
 @triton.constexpr_function
@@ -98,48 +98,139 @@ def queries_of(first_row, R, M: tl.constexpr):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Cell keys
+# Log of the mass
 #
-#   for each block, for each tile of its cells:
-#       mean = (k_sum[end] - k_sum[start]) / (end - start)                   CELLS D, in registers alone
-#       scores = q mean^T                                                    M CELLS
+#   for each block and head, its M queries as one tile:
+#       for CELLS cells at a time:
+#           mean = (k_sum[end] - k_sum[start]) / (end - start)               CELLS D, in registers alone
+#           s = scale score + bias + key_weight q mean^T + log(size)         M CELLS; kept where log Q will be
+#           online log-sum-exp
+#       log Q = s - log-sum-exp
 
 @triton.jit
-def cell_means(k_sum, b, h, cell, a, D: tl.constexpr, W: tl.constexpr):
-    """Mean key of each cell, 0 for an empty one: (n, D)."""
+def cell_sizes(cell, a, W: tl.constexpr):
     start, end = cell.to(tl.int64) * a // W, (cell + 1).to(tl.int64) * a // W
-    real, size = (cell < W) & (end > start), tl.maximum(end - start, 1).to(tl.float32)
-    return (load(k_sum, b, h, end, real, D) - load(k_sum, b, h, start, real, D)) / size[:, None]
+    return start, end, tl.where(cell < W, end - start, 0)
+
+
+@triton.jit
+def cell_key_scores(q_tile, k_sum, b, h, cell, a, D: tl.constexpr, W: tl.constexpr):
+    """q . mean key of each cell, 0 for an empty one: (n, CELLS)."""
+    start, end, size = cell_sizes(cell, a, W)
+    mean = load(k_sum, b, h, end, size > 0, D) - load(k_sum, b, h, start, size > 0, D)
+    mean = mean / tl.maximum(size, 1).to(tl.float32)[:, None]
+    return dot(q_tile, tl.trans(mean.to(q_tile.dtype)))
 
 
 @triton.jit(do_not_specialize=["first_row", "R", "H"])
-def cell_key_scores_kernel(q, k_sum, scores, first_row, R, H,
-                           D: tl.constexpr, M: tl.constexpr, W: tl.constexpr, CELLS: tl.constexpr):
-    b, h = tl.program_id(2) // H, tl.program_id(2) % H
+def log_mass_kernel(score, scale, bias, q, k_sum, key_weight, out, first_row, R, H, D: tl.constexpr,
+                    M: tl.constexpr, W: tl.constexpr, STEP: tl.constexpr, CELLS: tl.constexpr):
+    b, h = tl.program_id(1) // H, tl.program_id(1) % H
     a, m, row, real = queries_of(first_row, R, M)
-    cell = tl.program_id(1) * CELLS + tl.arange(0, CELLS)
-    q_tile, mean = load(q, b, h, row, real, D), cell_means(k_sum, b, h, cell, a, D, W)
-    address, mask = tile(scores, b, h, row, real, cell, W)
-    tl.store(address, dot(q_tile, tl.trans(mean.to(q_tile.dtype))), mask=mask)
+    q_tile = load(q, b, h, row, real, D)
+    top, total = tl.full([padded(M)], -1e30, tl.float32), tl.zeros([padded(M)], tl.float32)
+    for c in range(0, W, CELLS):
+        cell = c + tl.arange(0, CELLS)
+        address, mask = tile(score, b, h, row, real, cell // STEP, W // STEP)
+        s = tl.load(address, mask=mask, other=0).to(tl.float32)
+        s *= tl.load(scale + h * W + cell, mask=cell < W)[None, :]
+        s += tl.load(bias + h * W + cell, mask=cell < W)[None, :]
+        if key_weight is not None:
+            s += tl.load(key_weight + h) * cell_key_scores(q_tile, k_sum, b, h, cell, a, D, W)
+        s += tl.log(tl.maximum(cell_sizes(cell, a, W)[2].to(tl.float32), 1e-37))[None, :]
+        s = tl.where((cell < W)[None, :], s, -float("inf"))
+        new_top = tl.maximum(top, tl.max(s, 1))
+        total = total * tl.exp(top - new_top) + tl.sum(tl.exp(s - new_top[:, None]), 1)
+        top = new_top
+        address, mask = tile(out, b, h, row, real, cell, W)
+        tl.store(address, s, mask=mask)
+    tl.debug_barrier()                       # one thread may read what another wrote
+    for c in range(0, W, CELLS):
+        address, mask = tile(out, b, h, row, real, c + tl.arange(0, CELLS), W)
+        tl.store(address, tl.load(address, mask=mask) - (top + tl.log(total))[:, None], mask=mask)
 
 
-@torch.no_grad()
+# Backward, with g the gradient of log Q:
+#
+#   ds = g - Q sum(g)       dscore = sum(scale ds) over the cells that share it
+#   dscale = sum(ds score), dbias = sum(ds), dkey_weight = sum(ds q mean^T), over rows by float32 atomics
+
+@triton.jit(do_not_specialize=["first_row", "R", "H"])
+def log_mass_backward_kernel(score, scale, q, k_sum, key_weight, out, g, dscore, dscale, dbias, dkey_weight,
+                             first_row, R, H, D: tl.constexpr, M: tl.constexpr, W: tl.constexpr,
+                             STEP: tl.constexpr, CELLS: tl.constexpr):
+    b, h = tl.program_id(1) // H, tl.program_id(1) % H
+    a, m, row, real = queries_of(first_row, R, M)
+    q_tile, total = load(q, b, h, row, real, D), tl.zeros([padded(M)], tl.float32)
+    for c in range(0, W, CELLS):
+        address, mask = tile(g, b, h, row, real, c + tl.arange(0, CELLS), W)
+        total += tl.sum(tl.load(address, mask=mask, other=0), 1)
+    dweight = tl.zeros([CELLS], tl.float32)
+    for c in range(0, W, CELLS):
+        cell = c + tl.arange(0, CELLS)
+        address, mask = tile(g, b, h, row, real, cell, W)
+        ds = tl.load(address, mask=mask, other=0)
+        address, _ = tile(out, b, h, row, real, cell, W)
+        ds -= tl.exp(tl.load(address, mask=mask, other=-float("inf"))) * total[:, None]
+        x = tl.load(tile(score, b, h, row, real, cell // STEP, W)[0], mask=mask, other=0).to(tl.float32)
+        tl.atomic_add(dscale + h * W + cell, tl.sum(ds * x, 0), mask=cell < W, sem="relaxed")
+        tl.atomic_add(dbias + h * W + cell, tl.sum(ds, 0), mask=cell < W, sem="relaxed")
+        if key_weight is not None:
+            dweight += tl.sum(ds * cell_key_scores(q_tile, k_sum, b, h, cell, a, D, W), 0)
+        dx = ds * tl.load(scale + h * W + cell, mask=cell < W, other=0)[None, :]
+        dx = tl.sum(tl.reshape(dx, [padded(M), CELLS // STEP, STEP]), 2)
+        address, mask = tile(dscore, b, h, row, real, c // STEP + tl.arange(0, CELLS // STEP), W // STEP)
+        tl.store(address, dx, mask=mask)
+    if key_weight is not None:
+        tl.atomic_add(dkey_weight + h, tl.sum(dweight), sem="relaxed")
+
+
+class LogMass(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, score, scale, bias, q, k_sum, key_weight, M, first_row):
+        (B, H, R, w), (W, D) = score.shape, (scale.shape[1], q.shape[3])
+        ctx.grid = len(anchors(first_row, R, M)), B * H
+        ctx.sizes = dict(first_row=first_row, R=R, H=H, D=D, M=M, W=W, STEP=W // w, CELLS=2048 // padded(D))
+        out = torch.empty(B, H, R, W, device=q.device)
+        log_mass_kernel[ctx.grid](strided(score), scale, bias, strided(q), strided(k_sum), key_weight,
+                                  strided(out), **ctx.sizes, num_warps=2, num_stages=2)
+        ctx.save_for_backward(score, scale, q, k_sum, key_weight, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        score, scale, q, k_sum, key_weight, out = ctx.saved_tensors
+        g, dscore = g if g.stride(-1) == 1 else g.contiguous(), torch.empty_like(score)
+        dscale, dbias = torch.zeros(2, *scale.shape, device=g.device)
+        dkey_weight = None if key_weight is None else torch.zeros_like(key_weight)
+        log_mass_backward_kernel[ctx.grid](
+            strided(score), scale, strided(q), strided(k_sum), key_weight, strided(out), strided(g),
+            strided(dscore), dscale, dbias, dkey_weight, **ctx.sizes, num_warps=2, num_stages=2)
+        return dscore, dscale, dbias, None, None, dkey_weight, None, None
+
+
 @torch.compiler.disable
-def cell_key_scores(q, k_sum, query_block, map_width, first_row=0):
-    """q_t . mean of the keys in each cell, 0 for an empty one: q (B, H, R, D), k_sum = running_sum(k)
-    (B, H, T + 1, D) float32 -> (B, H, R, W) float32. No gradient: the estimate reads q and k as they are."""
+def log_mass(score, scale, bias, q, k_sum, key_weight, query_block, first_row=0):
+    """log Q, the estimated mass of each cell: score (B, H, R, w), scale and bias (H, W), q (B, H, R, D),
+    k_sum = running_sum(k) (B, H, T + 1, D) and key_weight (H,), or both None -> (B, H, R, W) float32.
+
+    There is no gradient to q and k_sum: the estimate reads them as they are.
+    """
     q = check("q", q, (-1, -1, -1, -1), FLOATS, q.device)
-    B, H, R, D = q.shape
-    k_sum = check("k_sum", k_sum, (B, H, -1, D), [torch.float32], q.device)
-    check_sizes(D, query_block, map_width)
-    T, blocks, cells = k_sum.shape[2] - 1, anchors(first_row, R, query_block), 4096 // padded(D)
-    if first_row + R > T:
-        raise ValueError(f"rows {first_row} to {first_row + R - 1} of the map need more than {T} keys")
-    scores = torch.empty(B, H, R, map_width, device=q.device)
-    cell_key_scores_kernel[len(blocks), triton.cdiv(map_width, cells), B * H](
-        strided(q), strided(k_sum), strided(scores), first_row=first_row, R=R, H=H,
-        D=D, M=query_block, W=map_width, CELLS=cells, num_warps=4)
-    return scores
+    (B, H, R, D), float32 = q.shape, [torch.float32]
+    score = check("score", score, (B, H, R, -1), FLOATS, q.device)
+    scale = check("scale", scale, (H, -1), float32, q.device).contiguous()
+    bias, W = check("bias", bias, scale.shape, float32, q.device).contiguous(), scale.shape[1]
+    check_sizes(D, query_block, W)
+    if W not in [score.shape[3] * 2 ** i for i in range(5)]:
+        raise ValueError(f"the map has {W} cells for {score.shape[3]} scores; 1, 2, 4, 8 or 16 may share one")
+    if key_weight is not None:
+        key_weight = check("key_weight", key_weight, (H,), float32, q.device)
+        k_sum = check("k_sum", k_sum, (B, H, -1, D), float32, q.device)
+        if first_row + R >= k_sum.shape[2]:
+            raise ValueError(f"rows up to {first_row + R - 1} need more keys than {k_sum.shape[2] - 1}")
+    return LogMass.apply(score, scale, bias, q, k_sum, key_weight, query_block, first_row)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -225,7 +316,8 @@ def layout(first_block, N, H, M, W, keys_per_query, device):
 def select(mass, query_block, keys_per_query, first_row=0):
     """Give each query its cell_budget largest estimates over all heads; of equal ones the lower column first.
 
-    mass (B, H, R, W): the estimated mass of each cell -> FlatCSR. Empty cells are never selected.
+    mass (B, H, R, W): the estimated mass of each cell, or its log, which has the same order -> FlatCSR. Empty
+    cells are never selected.
     """
     mass = check("mass", mass, (-1, -1, -1, -1), FLOATS, mass.device)
     (B, H, R, W), M, device = mass.shape, query_block, mass.device
@@ -238,10 +330,10 @@ def select(mass, query_block, keys_per_query, first_row=0):
     columns = triton.next_power_of_2(H * W)
     threshold_kernel[R, B](
         strided(mass), budget, level, limit, first_row,
-        H=H, W=W, M=M, COLUMNS=columns, num_warps=max(1, columns // 2048))
+        H=H, W=W, M=M, COLUMNS=columns, num_warps=max(2, columns // 4096))
     flat_csr_kernel[len(first), B](
         strided(mass), level, limit, first, crow, cells, queries, first_row, R, room,
-        H=H, W=W, M=M, COLUMNS=min(columns, 4096), num_warps=8)
+        H=H, W=W, M=M, COLUMNS=min(columns, 512), num_warps=4)
     return FlatCSR(crow, cells, queries, first_row + R, M, W)
 
 
@@ -332,6 +424,11 @@ def attend_backward_kernel(q, k, v, out, lse, dout, dq, dk, dv, crow, cells, que
     tl.store(address, dq_tile, mask=mask)
 
 
+def warps(q, M):
+    """One for 16 queries of 64: more of them would share too little work. float32 products need registers."""
+    return padded(M) // 16 * max(1, padded(q.shape[3]) // 64) * q.element_size() // 2
+
+
 class Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, crow, cells, queries, M, W):
@@ -340,7 +437,7 @@ class Attend(torch.autograd.Function):
         ctx.sizes = dict(T=T, R=R, N=crow.shape[1], room=cells.shape[1], H=H, D=D, M=M, W=W)
         out, lse = torch.empty_like(q), torch.empty(B, H, R, device=q.device)
         attend_kernel[ctx.grid](*map(strided, (q, k, v, out)), lse, crow, cells, queries, **ctx.sizes,
-                                SLOTS=128 // q.element_size(), num_warps=4, num_stages=3)
+                                SLOTS=32, num_warps=warps(q, M), num_stages=3)
         ctx.save_for_backward(q, k, v, out, lse, crow, cells, queries)
         return out
 
@@ -352,7 +449,7 @@ class Attend(torch.autograd.Function):
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
         attend_backward_kernel[ctx.grid](
             *map(strided, (q, k, v, out)), lse, *map(strided, (dout, dq, dk, dv)), *mask, **ctx.sizes,
-            SLOTS=64 // q.element_size(), num_warps=max(4, padded(q.shape[3]) // 16), num_stages=1)
+            SLOTS=32, num_warps=warps(q, ctx.sizes["M"]), num_stages=4 // q.element_size())
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None, None, None
 
 

@@ -13,7 +13,7 @@ M = query_block: block g holds queries g*M .. g*M + M-1, and its anchor is a = g
 and selects for itself. Where R rows of N blocks are given instead of all T, they start at first_row.
 
 Below come geometry, selection, attention, the estimate, and SEAttention, which puts them together.
-cell_key_scores, select, attend and pool define the result; kernels.py has the same four in Triton, for GPUs.
+log_mass, select, attend and pool define the result; kernels.py has the same four in Triton, for GPUs.
 """
 import importlib.util
 import sys
@@ -93,11 +93,22 @@ def wide(x):
     return x.float() if x.dtype == torch.float16 else x
 
 
+def cumulative_sum(x, start=0., chunk=64):
+    """(B, H, T, D) -> the same: row t is start + the sum of rows 0 .. t. In chunks of rows, and then of their
+    sums, since torch.cumsum along T alone keeps few of a GPU's threads busy: 2 ms where this takes 0.1."""
+    inside = block_rows(x, 0, min(chunk, x.shape[2])).cumsum(3, dtype=running_dtype(x))       # B H N L D
+    before = F.pad(inside[:, :, :-1, -1], (0, 0, 1, 0)).cumsum(2) + start                     # B H N D
+    return (inside + before[:, :, :, None]).flatten(2, 3)[:, :, :x.shape[2]]
+
+
 def running_sum(x, start=0.):
-    """(B, H, T, D) -> (B, H, T + 1, D): row t is start + the sum of rows 0 .. t-1. It is large: in place."""
+    """(B, H, T, D) -> (B, H, T + 1, D): row t is start + the sum of rows 0 .. t-1. No second one is made."""
     sums = x.new_empty(*x.shape[:2], x.shape[2] + 1, x.shape[3], dtype=running_dtype(x))
-    sums[:, :, :1], sums[:, :, 1:] = start, x
-    return sums.cumsum_(2)
+    sums[:, :, :1] = start
+    for i in range(0, x.shape[2], ROWS):
+        rows = x[:, :, i:i + ROWS]
+        sums[:, :, i + 1:i + 1 + rows.shape[2]] = cumulative_sum(rows, sums[:, :, i:i + 1])
+    return sums
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -128,8 +139,8 @@ def flat_csr_layout(anchor, H, M, W, keys_per_query):
 def select(mass, query_block, keys_per_query, first_row=0):
     """Give each query its cell_budget largest estimates over all heads, the lower column first among equals.
 
-    mass (B, H, R, W): the estimated mass of each cell -> FlatCSR. Empty cells are never selected.
-    This is the paper's grouped top-k, for each query apart.
+    mass (B, H, R, W): the estimated mass of each cell, or its log, which has the same order -> FlatCSR. Empty
+    cells are never selected. This is the paper's grouped top-k, for each query apart.
     """
     (B, H, R, W), M, device = mass.shape, query_block, mass.device
     anchor = anchors(first_row, R, M)
@@ -249,7 +260,7 @@ def attention_kl(log_mass, target):
 
     Since the estimate is constant inside a cell, its gradient, Q - P, is that of the KL over all T keys.
     """
-    return torch.where(target > 0, target * (target.clamp(min=1e-30).log() - log_mass), 0).sum(-1)
+    return F.kl_div(log_mass, target, reduction="none").sum(-1)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -325,32 +336,55 @@ def cell_key_scores(q, k_sum, query_block, map_width, first_row=0):
     return torch.cat(scores, 2).flatten(2, 3)[:, :, first_row % query_block:][:, :, :q.shape[2]]
 
 
+def log_mass(score, scale, bias, q, k_sum, key_weight, query_block, first_row=0):
+    """log Q (B, H, R, W), the estimated mass of each cell: Q_c = n_c exp(s_c) / sum_c' n_c' exp(s_c').
+
+    A cell holds n_c keys, and s_c = scale_c score_(c w // W) + bias_c + key_weight q . mean(keys of c).
+    score (B, H, R, w), scale and bias (H, W); q, k_sum as in cell_key_scores, key_weight (H,), or all None.
+    """
+    (R, w), W, M = score.shape[2:], scale.shape[1], query_block
+    s = score.to(scale.dtype).repeat_interleave(W // w, -1) * scale[:, None] + bias[:, None]  # B H R W
+    if key_weight is not None:
+        s = s + key_weight[:, None, None] * cell_key_scores(q, k_sum, M, W, first_row)
+    rows = torch.arange(first_row, first_row + R, device=score.device)
+    sizes = cell_bounds(rows // M * M, W).diff()                                              # R W
+    return (s + sizes.clamp(min=1e-37).log()).log_softmax(-1)      # an empty cell gets e^-85: nothing
+
+
+class LayerNorm(nn.LayerNorm):
+    """In its input's dtype, under autocast too, which would make it float32: its sums are that anyway."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            weight, bias = (p if p is None else p.to(x.dtype) for p in (self.weight, self.bias))
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
 class Picture(nn.Module):
-    """The causal CNN: codes (B, H, R, 2D) of consecutive rows -> one score for each cell, (B, H, R, W)."""
+    """The causal CNN: codes (B, H, R, 2D) of consecutive rows -> scores (B, H, R, W/4), 4 cells each."""
     CHANNELS = 2       # for each head
 
     def __init__(self, config):
         super().__init__()
         channels, width = self.CHANNELS * config.n_head, config.map_width // 4
         self.linear = nn.Linear(2 * config.head_dim, self.CHANNELS * width)
-        self.norm_in = nn.LayerNorm(width)
-        self.conv1 = nn.Conv2d(channels, channels, 3, dilation=2)
-        self.conv2 = nn.Conv2d(channels, channels, 3, dilation=2)
+        self.norm_in = LayerNorm(width)
+        self.conv1 = nn.Conv2d(channels, channels, 3, dilation=2, padding=(4, 2))
+        self.conv2 = nn.Conv2d(channels, channels, 3, dilation=2, padding=(4, 2))
         self.to_heads = nn.Conv2d(channels, config.n_head, 1)
-        self.norm_out = nn.LayerNorm(config.map_width)
+        self.norm_out = LayerNorm(width, elementwise_affine=False)
 
     def forward(self, code):
-        causal = lambda x: F.pad(x, (2, 2, 4, 0))                  # rows t-4, t-2, t and no later one
+        causal = lambda x: x[:, :, :code.shape[2]]                 # rows t-4, t-2, t and no later one
         x = self.linear(code).unflatten(-1, (self.CHANNELS, -1))   # B H R 2 W/4
-        x = self.norm_in(x.transpose(2, 3).flatten(1, 2))          # B 2H R W/4
-        x = F.relu(self.conv1(causal(x)))
-        x = F.relu(self.conv2(causal(x)))
-        x = self.to_heads(x)  # B H R W/4; it commutes with the upsampling
-        return self.norm_out(x.repeat_interleave(4, -1))           # B H R W
+        x = self.norm_in(x).permute(0, 2, 4, 1, 3).flatten(3)      # B R W/4 2H: channels last, for GPUs
+        x = F.relu(causal(self.conv1(x.permute(0, 3, 1, 2))))      # B 2H R W/4
+        x = F.relu(causal(self.conv2(x)))
+        return self.norm_out(self.to_heads(x))                     # B H R W/4
 
 
 def implementation(device):
-    """The module whose cell_key_scores, select, attend, pool serve a device: kernels.py on a GPU, or this."""
+    """The module whose log_mass, select, attend and pool serve a device: kernels.py on a GPU, or this."""
     if torch.device(device).type == "cuda" and importlib.util.find_spec("triton"):
         import kernels
         return kernels
@@ -369,13 +403,14 @@ class SEAttention(nn.Module):
         super().__init__()
         H, D = config.n_head, config.head_dim
         self.config = config
-        self.encoder = nn.Sequential(nn.Linear(3 * D, 2 * D), nn.LayerNorm(2 * D), nn.GELU())
+        self.encoder = nn.Sequential(nn.Linear(3 * D, 2 * D), LayerNorm(2 * D), nn.GELU())
         self.picture = Picture(config)
         self.gates = nn.Linear(2 * D, 2)
         nn.init.zeros_(self.gates.weight)
         nn.init.constant_(self.gates.bias, 5.0)  # sigmoid(5) = 0.993: starts as attention alone
-        if config.cell_keys:
-            self.score_weights = nn.Parameter(torch.ones(2, H, 1, 1))  # of the CNN's score, of the cell keys'
+        self.score_scale = nn.Parameter(torch.ones(H, config.map_width))
+        self.score_bias = nn.Parameter(torch.zeros(H, config.map_width))
+        self.key_weight = nn.Parameter(torch.ones(H)) if config.cell_keys else None
         self.register_buffer("omega", orthogonal_features(D, config.num_features))
         self.kl = None
 
@@ -388,7 +423,7 @@ class SEAttention(nn.Module):
 
     def estimate_and_select(self, q, k, v, teacher, cache):
         """Make the map ROWS rows at a time and keep the selection: FlatCSR, gates (B, H, R, 2), KL."""
-        config, ops, R, T = self.config, implementation(q.device), q.shape[2], k.shape[2]
+        config, R, T = self.config, q.shape[2], k.shape[2]
         M, k_sum, masks, gates, kl = config.query_block, None, [], [], []
         if config.cell_keys:
             k_sum = cache.extend("k_sum", running_sum(k[:, :, -R:], cache.k_sum))             # B H T+1 D
@@ -399,7 +434,7 @@ class SEAttention(nn.Module):
             q_rows, k_rows, v_rows = (x[:, :, first - T:][:, :, :end - first] for x in (q, k, v))
             code = self.encode(q_rows, k_rows, v_rows, first, cache)               # B H <=HALO+R 2D
             log_mass = self.estimate(code, q_rows, k_sum, first)                   # B H R W
-            masks.append(ops.select(log_mass.detach().exp(), M, config.keys_per_query, first))
+            masks.append(self.choose(log_mass.detach(), first))
             gates.append(self.gates(code[:, :, first - end:]).sigmoid())           # B H R 2
             if teacher is not None:
                 kl.append(self.distance(log_mass, teacher, first))                 # B H R
@@ -417,15 +452,15 @@ class SEAttention(nn.Module):
         return code
 
     def estimate(self, code, q, k_sum, first_row):
-        """log Q (B, H, R, W), the estimated mass of each cell: Q_c = n_c exp(s_c) / sum_c' n_c' exp(s_c')."""
-        M, W, R = self.config.query_block, self.config.map_width, q.shape[2]
-        score = self.picture(code)[:, :, -R:].float()                                         # B H R W
-        if self.config.cell_keys:
-            of_keys = implementation(q.device).cell_key_scores(q, k_sum, M, W, first_row)
-            score = self.score_weights[0] * score + self.score_weights[1] * of_keys
-        rows = torch.arange(first_row, first_row + R, device=q.device)
-        sizes = cell_bounds(rows // M * M, W).diff()                                          # R W
-        return (score + sizes.clamp(min=1e-37).log()).log_softmax(-1)  # an empty cell gets e^-85: nothing
+        """log Q (B, H, R, W), the estimated mass of each cell."""
+        score = self.picture(code)[:, :, -q.shape[2]:]                             # B H R W/4
+        return implementation(q.device).log_mass(score, self.score_scale, self.score_bias, q, k_sum,
+                                                 self.key_weight, self.config.query_block, first_row)
+
+    def choose(self, log_mass, first_row):
+        """The best cells, FlatCSR: the log of the mass has its order."""
+        M, keys = self.config.query_block, self.config.keys_per_query
+        return implementation(log_mass.device).select(log_mass, M, keys, first_row)
 
     def distance(self, log_mass, teacher, first_row):
         """attention_kl of these rows to the attention of the teacher's q and k: (B, H, R)."""
@@ -437,7 +472,7 @@ class SEAttention(nn.Module):
         """g_mix * (g_prob * sparse) + (1 - g_mix) * mean(v_0 .. v_t), two gates for each query and head."""
         out, count = [], cache.T + torch.arange(1, v.shape[2] + 1, device=v.device)[:, None]
         for sparse, v, gates, count in zip(*(x.split(ROWS, -2) for x in (sparse, v, gates, count))):
-            v_sum = cache.v_sum + v.cumsum(2, dtype=running_dtype(v))              # B H R D
+            v_sum = cumulative_sum(v, cache.v_sum)                                 # B H R D
             mean, (g_prob, g_mix) = (v_sum / count).to(v.dtype), gates.split(1, -1)
             out.append(g_mix * (g_prob * sparse) + (1 - g_mix) * mean)             # B H R D
             cache.v_sum = v_sum[:, :, -1:]
@@ -453,5 +488,5 @@ class SEAttention(nn.Module):
         past, cell = cell_of_key(rows, T, M, W)                                               # T T
         of_each_key = log_mass.exp() / cell_bounds(rows // M * M, W).diff().clamp(min=1)      # B H T W
         estimate = of_each_key.gather(-1, cell.expand(B, H, T, T)) * past
-        mask = flat_csr_to_dense(select(log_mass.exp(), M, self.config.keys_per_query), B, H)
+        mask = flat_csr_to_dense(select(log_mass, M, self.config.keys_per_query), B, H)
         return estimate, mask, (q @ k.mT).masked_fill(~mask, -torch.inf).softmax(-1)

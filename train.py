@@ -133,7 +133,7 @@ def make_optimizer(model, lr, weight_decay, new=1.):
     learns at `new` times lr."""
     groups = {}
     for name, p in model.named_parameters():
-        decays, added = p.dim() >= 2 and "score_weights" not in name, ".attention." in name
+        decays, added = p.dim() >= 2 and ".score_" not in name, ".attention." in name
         groups.setdefault((decays, added), []).append(p)
     groups = [dict(params=params, weight_decay=weight_decay * decays, peak=lr * (new if added else 1.))
               for (decays, added), params in groups.items()]

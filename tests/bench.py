@@ -139,16 +139,17 @@ def stage_rows(operator, q, k, v):
     values, k_sum = torch.cat([position, v], -1), sea.running_sum(k)                    # B H T 2D; B H T+1 D
     seen = torch.cat([sea.kernel_attention(q, k, values, operator.omega)[0].to(v.dtype), v], -1)
     picture = lambda: operator.picture(operator.encoder(seen))
-    cell_keys = lambda: ops.cell_key_scores(q, k_sum, M, W)
-    sizes = sea.cell_bounds(torch.arange(T, device=q.device) // M * M, W).diff()
-    mass = (picture().float() + cell_keys() + sizes.clamp(min=1e-37).log()).softmax(-1)
+    score = picture()
+    log_mass = lambda: ops.log_mass(score, operator.score_scale, operator.score_bias, q, k_sum,
+                                    operator.key_weight, M)
+    mass = log_mass()
     select = lambda: ops.select(mass, M, keys)
     mask = select()
     sparse, gates = ops.attend(q, k, v, mask), torch.rand(*q.shape[:3], 2, device=q.device, dtype=q.dtype)
     return {"running sum of k": (lambda: sea.running_sum(k), None),
             "kernel attention": (lambda: sea.kernel_attention(q, k, values, operator.omega)[0], None),
             "MLP + CNN": (picture, None),
-            "cell keys": (cell_keys, None),
+            "cell keys, log mass": (log_mass, None),
             "select": (select, None),
             "attend": (lambda: ops.attend(q, k, v, mask), (q, k, v)),
             "select + attend": (lambda: ops.attend(q, k, v, select()), None),

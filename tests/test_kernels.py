@@ -26,10 +26,10 @@ import sea  # noqa: E402
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def error(x, reference):
+def error(x, reference, least=1):
     """Relative norm of the difference; NaN anywhere gives NaN, which no bound accepts."""
     x, reference = x.detach().double().cpu(), reference.detach().double().cpu()
-    return ((x - reference).norm() / reference.norm().clamp(min=1)).item()
+    return ((x - reference).norm() / reference.norm().clamp(min=float(least))).item()
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -68,7 +68,7 @@ def check(function, reference, inputs, bound):
     exact = [x.double().cpu() for x in inputs]
     grad = normal(*reference(*exact).shape, seed=4)
     for x, wanted in zip(with_gradients(function, inputs, grad), with_gradients(reference, exact, grad)):
-        assert error(x, wanted) < bound
+        assert error(x, wanted, least=grad.norm()) < bound          # a gradient may be 0 but for rounding
 
 
 def check_attend(inputs, mask, bound=1e-5):
@@ -210,17 +210,36 @@ def test_pool_in_half_precision(dtype):
     assert error(kernels.pool(q, k, 16, 16), sea.pool(q.double().cpu(), k.double().cpu(), 16, 16)) < 1e-2
 
 
-# ---- cell keys
+# ---- log mass
+
+def scores(B, H, T, W, share, first_row, dtype=torch.float32):
+    """score, scale, bias as a model has them: the scores are a view whose last stride is not 1."""
+    score = normal(B, W // share, T - first_row, H, seed=5, dtype=dtype).permute(0, 3, 2, 1)
+    return score, 1 + 0.3 * normal(H, W, seed=6), 0.3 * normal(H, W, seed=7)
+
 
 @pytest.mark.parametrize("B, H, T, D, M, W, first_row, dtype, bound", [
     (2, 2, 63, 64, 16, 12, 0, torch.float32, 1e-5), (1, 1, 40, 80, 1, 32, 21, torch.float32, 1e-5),
-    (1, 2, 100, 16, 32, 100, 37, torch.float32, 1e-5), (1, 2, 60, 32, 16, 40, 0, torch.float16, 1e-2),
+    (1, 2, 100, 16, 32, 100, 37, torch.float32, 1e-5), (1, 1, 257, 64, 16, 80, 0, torch.float32, 1e-5),
+    (1, 1, 1, 8, 4, 4, 0, torch.float32, 1e-5), (1, 2, 60, 32, 16, 40, 0, torch.float16, 1e-2),
     (1, 2, 60, 32, 16, 40, 0, torch.bfloat16, 1e-2 if DEVICE == "cuda" else 2e-2)])  # interpreted: truncated
-def test_cell_key_scores(B, H, T, D, M, W, first_row, dtype, bound):
+@pytest.mark.parametrize("cell_keys", [True, False])
+def test_log_mass(B, H, T, D, M, W, first_row, dtype, bound, cell_keys):
     q, k, _ = heads(B, H, T, D)
     q, k_sum = q[:, :, first_row:].to(dtype), sea.running_sum(k)
-    scores = kernels.cell_key_scores(q, k_sum, M, W, first_row)
-    assert error(scores, sea.cell_key_scores(q.double().cpu(), k_sum.double().cpu(), M, W, first_row)) < bound
+    inputs = [*scores(B, H, T, W, 4, first_row, dtype), *[1 + normal(H, seed=8)] * cell_keys]
+
+    def of(module, q, k_sum):
+        keys = (k_sum,) if cell_keys else (None, None)
+        return lambda *inputs: module.log_mass(*inputs[:3], q, *keys, *inputs[3:], M, first_row)
+    check(of(kernels, q, k_sum), of(sea, q.double().cpu(), k_sum.double().cpu()), inputs, bound)
+
+
+@pytest.mark.parametrize("share", [1, 16])
+def test_log_mass_of_wide_and_narrow_scores(share):
+    inputs = scores(1, 2, 50, 32, share, 0)
+    none = torch.zeros(1, 2, 50, 8, device=DEVICE), None, None, 8
+    check(lambda *x: kernels.log_mass(*x, *none), lambda *x: sea.log_mass(*x, *none), inputs, 1e-5)
 
 
 # ---- mistakes
@@ -228,7 +247,8 @@ def test_cell_key_scores(B, H, T, D, M, W, first_row, dtype, bound):
 def test_mistakes_are_value_errors():
     (q, k, v), mass = heads(1, 2, 20, 16), estimates(1, 2, 20, 8)
     mask, k_sum = kernels.select(mass, 8, 4), sea.running_sum(k)
-    attend, select, pool = kernels.attend, kernels.select, kernels.pool
+    attend, select, pool, log_mass = kernels.attend, kernels.select, kernels.pool, kernels.log_mass
+    inputs, ones = scores(1, 2, 20, 16, 4, 0), torch.ones(2, device=DEVICE)
     for wrong in [
             lambda: attend(q.double(), k.double(), v.double(), mask), lambda: attend(q, k.half(), v, mask),
             lambda: attend(q, k[:, :, 1:], v, mask), lambda: attend(q, k, v[:, :1], mask),
@@ -240,8 +260,10 @@ def test_mistakes_are_value_errors():
             lambda: select(mass.double(), 8, 4), lambda: select(mass[0], 8, 4), lambda: select(mass, 0, 4),
             lambda: select(mass.to("meta"), 8, 4), lambda: select(mass.new_zeros(1, 40, 1, 1024), 8, 4),
             lambda: pool(q, k[:, :, 1:], 8, 8), lambda: pool(q, k, 8, 8, torch.arange(2.)),
-            lambda: pool(q, k, 64, 8), lambda: kernels.cell_key_scores(q, k_sum.half(), 8, 8),
-            lambda: kernels.cell_key_scores(q, k_sum, 8, 8, first_row=1)]:
+            lambda: pool(q, k, 64, 8), lambda: log_mass(*inputs[:3], q, k_sum.half(), ones, 8),
+            lambda: log_mass(*inputs[:3], q, k_sum, ones, 8, first_row=1),
+            lambda: log_mass(inputs[0][..., :3], *inputs[1:], q, k_sum, ones, 8),
+            lambda: log_mass(*inputs[:2], inputs[2][:, 1:], q, k_sum, ones, 8)]:
         with pytest.raises(ValueError):
             wrong()
 
@@ -257,7 +279,8 @@ def test_cpu_tensors_outside_the_interpreter(monkeypatch):
 
 MODELS = {"opt-125m": (12, 64, 256, 16), "opt-1.3b": (32, 64, 256, 16), "opt-2.7b": (32, 80, 512, 16),
           "largest tiles": (1, 128, 256, 32)}                                    # H, D, W, M
-DOTS = {"cell_key_scores_kernel", "attend_kernel", "attend_backward_kernel", "pool_kernel"}
+DOTS = {"log_mass_kernel", "log_mass_backward_kernel", "attend_kernel", "attend_backward_kernel",
+        "pool_kernel"}
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32",
             torch.int64: "*i64"}
 
@@ -278,7 +301,8 @@ def record(H, D, W, M, dtype):
     originals = {name: x for name, x in vars(kernels).items() if name.endswith("_kernel")}
     vars(kernels).update({name: Recorder(x, launches) for name, x in originals.items()})
     q, k, v = (x.to(dtype).requires_grad_() for x in heads(1, H, 32, D))
-    kernels.cell_key_scores(q, sea.running_sum(k), M, W)
+    score, scale, bias = (x.requires_grad_() for x in scores(1, H, 32, W, 4, 0, dtype))
+    kernels.log_mass(score, scale, bias, q, sea.running_sum(k), torch.ones(H), M).sum().backward()
     kernels.attend(q, k, v, kernels.select(estimates(1, H, 32, W), M, 64)).sum().backward()
     kernels.pool(q.detach(), k.detach(), M, W)
     vars(kernels).update(originals)
