@@ -2,6 +2,7 @@
 Triton kernels for the steps of SEA that touch many keys or cells. sea.py has the same functions in PyTorch
 and is the reference: names, signatures and results agree, as do the letters B H T R D M W N.
 
+    kernel_attention   one per (batch, head, chunk of rows), twice
     log_mass   one program per (batch, head, block), forward and backward
     select     one per query finds its threshold; one per block joins its queries and writes FlatCSR
     attend     one per (batch, head, block), forward and backward
@@ -16,7 +17,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from sea import FlatCSR, anchors, flat_csr_layout
+from sea import FlatCSR, anchors, flat_csr_layout, wide
 
 INTERPRETED = triton.knobs.runtime.interpret
 FLOATS = torch.bfloat16, torch.float16, torch.float32
@@ -95,6 +96,84 @@ def queries_of(first_row, R, M: tl.constexpr):
     a, m = (first_row // M + tl.program_id(0)) * M, tl.arange(0, padded(M))
     row = a + m - first_row
     return a, m, row, (m < M) & (row >= 0) & (row < R)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Kernel attention
+#
+#   for each chunk n of ROWS rows:  state_n = phi(k)^T [values, 1]                          F E+1
+#   state_n becomes the sum of those before it, by torch.cumsum over the few chunks
+#   for each chunk:
+#       weight = phi(q) phi(k)^T, causal                                                ROWS ROWS
+#       [out, total] = phi(q) state_n + weight [values, 1];   out / total
+
+@triton.jit
+def features(x, omega, b, h, row, real, D: tl.constexpr, F: tl.constexpr):
+    """phi of rows of x, 0 for those that aren't there: (n, F padded)."""
+    d, f = tl.arange(0, padded(D)), tl.arange(0, padded(F))
+    real_omega = (d < D)[:, None] & (f < F)[None, :]
+    omega_tile = tl.load(omega + d[:, None] * F + f[None, :], mask=real_omega, other=0)
+    phi = tl.maximum(dot(load(x, b, h, row, real, D), omega_tile), 0) + 1e-3
+    return tl.where(real[:, None] & (f < F)[None, :], phi, 0).to(omega_tile.dtype)
+
+
+@triton.jit(do_not_specialize=["R", "H"])
+def state_kernel(k, values, omega, state, norm, R, H, D: tl.constexpr, E: tl.constexpr, F: tl.constexpr,
+                 ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    n, b, h = tl.program_id(0), tl.program_id(1) // H, tl.program_id(1) % H
+    row, f = n * ROWS + tl.arange(0, ROWS), tl.arange(0, padded(F))
+    e = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    phi = features(k, omega, b, h, row, row < R, D, F)
+    address, mask = tile(values, b, h, row, row < R, e, E)
+    at = (tl.program_id(1).to(tl.int64) * (tl.num_programs(0) + 1) + n + 1) * F + f
+    sums = dot(tl.trans(phi), tl.load(address, mask=mask, other=0))
+    tl.store(state + at[:, None] * E + e[None, :], sums, mask=(f < F)[:, None] & (e < E)[None, :])
+    tl.store(norm + at, tl.sum(phi.to(tl.float32), 0), mask=f < F)
+
+
+@triton.jit(do_not_specialize=["R", "H"])
+def kernel_attention_kernel(q, k, values, omega, state, norm, out, R, H, D: tl.constexpr, E: tl.constexpr,
+                            F: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    n, b, h = tl.program_id(0), tl.program_id(1) // H, tl.program_id(1) % H
+    i, e, f = tl.arange(0, ROWS), tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, padded(F))
+    row = n * ROWS + i
+    phi_q, phi_k = features(q, omega, b, h, row, row < R, D, F), features(k, omega, b, h, row, row < R, D, F)
+    at = (tl.program_id(1).to(tl.int64) * (tl.num_programs(0) + 1) + n) * F + f
+    before = tl.load(state + at[:, None] * E + e[None, :], mask=(f < F)[:, None] & (e < E)[None, :], other=0)
+    total = tl.sum(phi_q.to(tl.float32) * tl.load(norm + at, mask=f < F, other=0)[None, :], 1)
+    weight = tl.where(i[:, None] >= i[None, :], dot(phi_q, tl.trans(phi_k)), 0)
+    address, mask = tile(values, b, h, row, row < R, e, E)
+    sums = dot(weight.to(phi_q.dtype), tl.load(address, mask=mask, other=0))
+    sums += dot(phi_q, before.to(phi_q.dtype))
+    address, mask = tile(out, b, h, row, row < R, e, E)
+    tl.store(address, sums / (total + tl.sum(weight, 1))[:, None], mask=mask)
+
+
+@torch.no_grad()
+@torch.compiler.disable
+def kernel_attention(q, k, values, omega, context=0., norm=0.):
+    """Causal linear attention with phi(x) = relu(x omega) + eps in place of exp.
+
+    q, k (B, H, R, D), values (B, H, R, E), omega (D, F), the sums over earlier rows, (B, H, 1, F, E) and
+    (B, H, 1, 1, F) -> (B, H, R, E), and the sums so far. It has no gradient: the estimate reads q, k, v as
+    they are, and omega is fixed.
+    """
+    q = wide(check("q", q, (-1, -1, -1, -1), FLOATS, q.device))
+    (B, H, R, D), (E, F) = q.shape, (values.shape[-1], omega.shape[-1])
+    k = wide(check("k", k, q.shape, FLOATS, q.device))
+    values = check("values", values, (B, H, R, -1), FLOATS, q.device).to(q.dtype)
+    omega = check("omega", omega, (D, -1), FLOATS, q.device).to(q.dtype).contiguous()
+    check_sizes(D, 1, 1)
+    rows, columns = 128 // q.element_size(), min(64, padded(E))
+    sizes = dict(R=R, H=H, D=D, E=E, F=F, ROWS=rows, COLUMNS=columns, num_warps=4, num_stages=1)
+    grid = triton.cdiv(R, rows), B * H, triton.cdiv(E, columns)
+    state = torch.empty(B, H, grid[0] + 1, F, E, device=q.device)
+    norms, out = state.new_empty(B, H, grid[0] + 1, 1, F), values.new_empty(values.shape)
+    state[:, :, :1], norms[:, :, :1] = context, norm
+    state_kernel[grid](strided(k), strided(values), omega, state, norms, **sizes)
+    state, norms = state.cumsum(2), norms.cumsum(2)
+    kernel_attention_kernel[grid](*map(strided, (q, k, values)), omega, state, norms, strided(out), **sizes)
+    return out, state[:, :, -1:], norms[:, :, -1:]
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -444,7 +444,7 @@ class SEAttention(nn.Module):
         """A code for each row, from what it attends to by kernel attention, in time linear in T."""
         position = sinusoids(first_row, *v.shape[2:], v.device).to(v.dtype)        # R D
         values = torch.cat([position.expand_as(v), v], -1)                         # B H R 2D
-        seen, *cache.sums = kernel_attention(q, k, values, self.omega, *cache.sums)
+        seen, *cache.sums = implementation(q.device).kernel_attention(q, k, values, self.omega, *cache.sums)
         code = self.encoder(torch.cat([seen.to(v.dtype), v], -1))                  # B H R 2D
         if cache.code is not None:
             code = torch.cat([cache.code, code], 2)                                # B H <=HALO+R 2D

@@ -210,6 +210,25 @@ def test_pool_in_half_precision(dtype):
     assert error(kernels.pool(q, k, 16, 16), sea.pool(q.double().cpu(), k.double().cpu(), 16, 16)) < 1e-2
 
 
+# ---- kernel attention
+
+@pytest.mark.parametrize("B, H, T, D, E, F, dtype, bound", [
+    (2, 2, 63, 64, 128, 64, torch.float32, 1e-5), (1, 2, 100, 80, 160, 40, torch.float32, 1e-5),
+    (1, 1, 257, 8, 8, 100, torch.float32, 1e-5), (1, 1, 1, 64, 128, 64, torch.float32, 1e-5),
+    (1, 2, 100, 32, 64, 64, torch.float16, 1e-2), (1, 2, 100, 32, 64, 64, torch.bfloat16, 1e-2)])
+def test_kernel_attention(B, H, T, D, E, F, dtype, bound):
+    q, k, values = *heads(B, H, T, D, dtype)[:2], heads(B, H, T, E, dtype)[2]
+    omega = sea.orthogonal_features(D, F).to(DEVICE)
+    exact = [x.double().cpu() for x in (q, k, values, omega)]
+    for got, wanted in zip(kernels.kernel_attention(q, k, values, omega), sea.kernel_attention(*exact)):
+        assert error(got, wanted) < bound
+    if T > 2:                                                        # in two goes, as in decoding
+        rows = [(x[:, :, :T // 3], x[:, :, T // 3:]) for x in (q, k, values)]
+        _, *sums = kernels.kernel_attention(*(x for x, _ in rows), omega)
+        late = kernels.kernel_attention(*(x for _, x in rows), omega, *sums)[0]
+        assert error(late, sea.kernel_attention(*exact)[0][:, :, T // 3:]) < bound
+
+
 # ---- log mass
 
 def scores(B, H, T, W, share, first_row, dtype=torch.float32):
@@ -262,6 +281,8 @@ def test_mistakes_are_value_errors():
             lambda: pool(q, k[:, :, 1:], 8, 8), lambda: pool(q, k, 8, 8, torch.arange(2.)),
             lambda: pool(q, k, 64, 8), lambda: log_mass(*inputs[:3], q, k_sum.half(), ones, 8),
             lambda: log_mass(*inputs[:3], q, k_sum, ones, 8, first_row=1),
+            lambda: kernels.kernel_attention(q, k[:, :1], v, normal(16, 64)),
+            lambda: kernels.kernel_attention(q, k, v, normal(8, 64)),
             lambda: log_mass(inputs[0][..., :3], *inputs[1:], q, k_sum, ones, 8),
             lambda: log_mass(*inputs[:2], inputs[2][:, 1:], q, k_sum, ones, 8)]:
         with pytest.raises(ValueError):
@@ -279,8 +300,8 @@ def test_cpu_tensors_outside_the_interpreter(monkeypatch):
 
 MODELS = {"opt-125m": (12, 64, 256, 16), "opt-1.3b": (32, 64, 256, 16), "opt-2.7b": (32, 80, 512, 16),
           "largest tiles": (1, 128, 256, 32)}                                    # H, D, W, M
-DOTS = {"log_mass_kernel", "log_mass_backward_kernel", "attend_kernel", "attend_backward_kernel",
-        "pool_kernel"}
+DOTS = {"state_kernel", "kernel_attention_kernel", "log_mass_kernel", "log_mass_backward_kernel",
+        "attend_kernel", "attend_backward_kernel", "pool_kernel"}
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32",
             torch.int64: "*i64"}
 
@@ -302,7 +323,9 @@ def record(H, D, W, M, dtype):
     vars(kernels).update({name: Recorder(x, launches) for name, x in originals.items()})
     q, k, v = (x.to(dtype).requires_grad_() for x in heads(1, H, 32, D))
     score, scale, bias = (x.requires_grad_() for x in scores(1, H, 32, W, 4, 0, dtype))
-    kernels.log_mass(score, scale, bias, q, sea.running_sum(k), torch.ones(H), M).sum().backward()
+    key_weight, omega = torch.ones(H, device=DEVICE), normal(D, 64)
+    kernels.log_mass(score, scale, bias, q, sea.running_sum(k), key_weight, M).sum().backward()
+    kernels.kernel_attention(q, k, torch.cat([v, v], -1), omega)
     kernels.attend(q, k, v, kernels.select(estimates(1, H, 32, W), M, 64)).sum().backward()
     kernels.pool(q.detach(), k.detach(), M, W)
     vars(kernels).update(originals)
@@ -375,7 +398,7 @@ def test_compiled_code():
     built = [json.loads(line) for line in run.stdout.splitlines()]
     assert {x["kernel"] for x in built if x["card"] == 90} == DOTS | {"threshold_kernel", "flat_csr_kernel"}
     for x in built:
-        assert x["shared"] < 64 * 1024, x
+        assert x["shared"] <= 64 * 1024, x
         if x["kernel"] in DOTS and x["card"] > 75 and x["model"] != "largest tiles":
             assert x["mma"] > 0, x                                   # float32 is not for tensor cores
 
