@@ -20,14 +20,14 @@ import torch
 import torch.nn.functional as F
 
 from data.common import Parser, fail, load, number, one_line
-from data.engine import (any_rank, check_fit, ctrl_c, fingerprint, first_rank_first, join_ranks, leave,
-                         load_checkpoint, optimizer_step, parallel, peak_memory, pick_precision, resume,
-                         save_checkpoint, settings_of, step_batches, training_script)
+from data.engine import (any_rank, check_fit, compile_estimators, ctrl_c, fingerprint, first_rank_first,
+                         join_ranks, leave, load_checkpoint, optimizer_step, parallel, peak_memory,
+                         pick_precision, resume, save_checkpoint, settings_of, step_batches, training_script)
 from model import ATTENTIONS, OPT
-from train import (add_preset, add_running, add_training, complete, evaluate, learning_rate,
+from train import (add_compile, add_preset, add_running, add_training, complete, evaluate, learning_rate,
                    make_optimizer)
 
-PRESETS = {"cuda": dict(steps=1000, batch_size=8, warmup=50, save_interval=100),
+PRESETS = {"cuda": dict(steps=600, batch_size=8, warmup=60, save_interval=100),
            "cpu": dict(steps=150, batch_size=16, warmup=15, save_interval=25)}
 WEIGHTS = dict(hidden=(5.0, "squared distance of the hidden states"), logits=(0.2, "KL of the next token"),
                output=(1.0, "squared distance of the attentions' outputs"), text=(0.1, "the text's own loss"),
@@ -66,6 +66,7 @@ def parse_arguments():
     group.add_argument("--eval-only", action="store_true", help="evaluate --teacher, train nothing")
     group.add_argument("--split", default="val", choices=("val", "test"), help="what to evaluate on")
     add_preset(group, PRESETS, "save_interval", "steps between checkpoints")
+    add_compile(group)
     add_running(group)
     group.add_argument("--out", default=argparse.SUPPRESS,
                        help="folder for ckpt.pt (default: out-ATTENTION-student)")
@@ -189,6 +190,8 @@ def distill(student, teacher, tokens, args, precision, optimizer=None, done=0, s
     """Train the student from step `done` to args.steps, with lines and checkpoints -> the last losses."""
     optimizer = optimizer or make_optimizer(student, args.lr, args.weight_decay, args.new_lr)
     run, mark, marked, pressed = parallel(student.train()), time.time(), done, ctrl_c()
+    if args.compile:
+        compile_estimators(student)
 
     def losses_of(*batch):
         losses = distillation_losses(student, teacher, *batch, run)

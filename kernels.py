@@ -272,7 +272,7 @@ class LogMass(torch.autograd.Function):
         ctx.sizes = dict(first_row=first_row, R=R, H=H, D=D, M=M, W=W, STEP=W // w, CELLS=2048 // padded(D))
         out = torch.empty(B, H, R, W, device=q.device)
         log_mass_kernel[ctx.grid](strided(score), scale, bias, strided(q), strided(k_sum), key_weight,
-                                  strided(out), **ctx.sizes, num_warps=2, num_stages=2)
+                                  strided(out), **ctx.sizes, num_warps=2, num_stages=1)
         ctx.save_for_backward(score, scale, q, k_sum, key_weight, out)
         return out
 
@@ -285,7 +285,7 @@ class LogMass(torch.autograd.Function):
         dkey_weight = None if key_weight is None else torch.zeros_like(key_weight)
         log_mass_backward_kernel[ctx.grid](
             strided(score), scale, strided(q), strided(k_sum), key_weight, strided(out), strided(g),
-            strided(dscore), dscale, dbias, dkey_weight, **ctx.sizes, num_warps=2, num_stages=2)
+            strided(dscore), dscale, dbias, dkey_weight, **ctx.sizes, num_warps=2, num_stages=1)
         return dscore, dscale, dbias, None, None, dkey_weight, None, None
 
 
@@ -318,13 +318,13 @@ def log_mass(score, scale, bias, q, k_sum, key_weight, query_block, first_row=0)
 #   for each query, its H*W estimates in registers:
 #       bisect for the level that `budget` of them reach, over float bits, whose order is that of the floats
 #       of those that equal the level the first ones go in: bisect for the column in front of which they lie
-#   for each block, COLUMNS columns at a time:
-#       for each of its M queries:  bits |= chosen << m
+#   for each block, COLUMNS columns of its M queries at a time:
+#       bits = sum over m of chosen << m
 #       write the columns with any bit, each at its rank
 
 @triton.jit
-def load_row(mass, b, row, R, column, a, H: tl.constexpr, W: tl.constexpr):
-    """A query's estimates as integers in torch.sort's order: NaN highest, -0 as 0; empty cells lowest."""
+def load_estimates(mass, b, row, R, column, a, H: tl.constexpr, W: tl.constexpr):
+    """Queries' estimates as integers in torch.sort's order: NaN highest, -0 as 0; empty cells lowest."""
     h, c, few = column // W, column % W, tl.minimum(a, W)
     heads = tl.where(row < 0, 0, tl.where(row < R, H, 0))                   # none of a row that isn't there
     address = mass[0] + b.to(tl.int64) * mass[1] + row.to(tl.int64) * mass[3] + h.to(tl.int64) * mass[2] + c
@@ -342,7 +342,7 @@ def threshold_kernel(mass, budget, level, limit, first_row,
     row, b, R, column = tl.program_id(0), tl.program_id(1), tl.num_programs(0), tl.arange(0, COLUMNS)
     block = (first_row + row) // M
     wanted = tl.load(budget + block - first_row // M).to(tl.int32)
-    x = load_row(mass, b, row, R, column, block * M, H, W)
+    x = load_estimates(mass, b, row, R, column, block * M, H, W)
     low, high = tl.min(tl.where(x == LOWEST, HIGHEST, x)), tl.max(x)
     while low < high:                                  # low is reached by `wanted` or more, high + 1 by fewer
         middle = (low | high) - ((low ^ high) >> 1)    # (low + high + 1) // 2, which could overflow
@@ -362,18 +362,19 @@ def threshold_kernel(mass, budget, level, limit, first_row,
 @triton.jit(do_not_specialize=["first_row", "R", "room"])
 def flat_csr_kernel(mass, level, limit, first, crow, cells, queries, first_row, R, room,
                     H: tl.constexpr, W: tl.constexpr, M: tl.constexpr, COLUMNS: tl.constexpr):
-    n, b = tl.program_id(0), tl.program_id(1)
+    n, b, m = tl.program_id(0), tl.program_id(1), tl.arange(0, triton.next_power_of_2(M))
     a, start = (first_row // M + n) * M, tl.load(first + n)
     run = crow + (b.to(tl.int64) * tl.num_programs(0) + n) * (H + 1)
     tl.store(run, start)
+    row = tl.where(m < M, a + m - first_row, -1)
+    real = (row >= 0) & (row < R)
+    low = tl.load(level + b.to(tl.int64) * R + row, mask=real, other=HIGHEST)[:, None]
+    end = tl.load(limit + b.to(tl.int64) * R + row, mask=real, other=0)[:, None]
     for c in range(0, H * W, COLUMNS):
-        column, bits = c + tl.arange(0, COLUMNS), tl.zeros([COLUMNS], tl.int32)
-        for m in range(M):
-            row = a + m - first_row
-            x = load_row(mass, b, row, R, column, a, H, W)
-            at = b.to(tl.int64) * R + tl.minimum(tl.maximum(row, 0), R - 1)
-            low, end = tl.load(level + at), tl.load(limit + at)
-            bits |= ((x > low) | ((x == low) & (column < end))).to(tl.int32) << m
+        column = c + tl.arange(0, COLUMNS)
+        x = load_estimates(mass, b, row[:, None], R, column[None, :], a, H, W)                # M COLUMNS
+        chosen = (x > low) | ((x == low) & (column[None, :] < end))
+        bits = tl.sum(chosen.to(tl.int32) << m[:, None], 0)                                   # COLUMNS
         used = (bits != 0).to(tl.int32)
         entries = start + tl.cumsum(used)                                   # up to and with this column
         at = b.to(tl.int64) * room + entries - 1
@@ -412,7 +413,7 @@ def select(mass, query_block, keys_per_query, first_row=0):
         H=H, W=W, M=M, COLUMNS=columns, num_warps=max(2, columns // 4096))
     flat_csr_kernel[len(first), B](
         strided(mass), level, limit, first, crow, cells, queries, first_row, R, room,
-        H=H, W=W, M=M, COLUMNS=min(columns, 512), num_warps=4)
+        H=H, W=W, M=M, COLUMNS=min(columns, 256), num_warps=4)
     return FlatCSR(crow, cells, queries, first_row + R, M, W)
 
 
@@ -622,5 +623,5 @@ def pool(q, k, query_block, map_width, blocks=None):
     out = torch.empty(B, H, T if blocks is None else len(some) * M, W, device=q.device)
     pool_kernel[triton.cdiv(len(some), 64 // padded(M)), B * H](
         strided(q), strided(k), some, strided(out), T, len(some), out.shape[2], H, D=D, M=M, W=W, ROWS=64,
-        KEYS=min(64, 8192 // q.element_size() // padded(D)), CELLS=padded(M), num_warps=4, num_stages=2)
+        KEYS=min(32, 8192 // q.element_size() // padded(D)), CELLS=padded(M), num_warps=4, num_stages=3)
     return out

@@ -25,7 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-ROWS = 2048        # rows of the map that are made at a time: what bounds the memory at inference
+ROWS = 4096        # rows of the map that are made at a time: what bounds the memory at inference
 HALO = 8           # rows that the two causal convolutions look back
 
 
@@ -360,6 +360,17 @@ class LayerNorm(nn.LayerNorm):
             return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
+class Encoder(nn.Module):
+    """The MLP: what rows see by kernel attention (B, H, R, 2D), their v (B, H, R, D) -> (B, H, R, 2D)."""
+
+    def __init__(self, head_dim):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(3 * head_dim, 2 * head_dim), LayerNorm(2 * head_dim)
+
+    def forward(self, seen, v):
+        return F.gelu(self.norm(self.linear(torch.cat([seen.to(v.dtype), v], -1))))
+
+
 class Picture(nn.Module):
     """The causal CNN: codes (B, H, R, 2D) of consecutive rows -> scores (B, H, R, W/4), 4 cells each."""
     CHANNELS = 2       # for each head
@@ -403,7 +414,7 @@ class SEAttention(nn.Module):
         super().__init__()
         H, D = config.n_head, config.head_dim
         self.config = config
-        self.encoder = nn.Sequential(nn.Linear(3 * D, 2 * D), LayerNorm(2 * D), nn.GELU())
+        self.encoder = Encoder(D)
         self.picture = Picture(config)
         self.gates = nn.Linear(2 * D, 2)
         nn.init.zeros_(self.gates.weight)
@@ -427,7 +438,7 @@ class SEAttention(nn.Module):
         M, k_sum, masks, gates, kl = config.query_block, None, [], [], []
         if config.cell_keys:
             k_sum = cache.extend("k_sum", running_sum(k[:, :, -R:], cache.k_sum))             # B H T+1 D
-            cache.k_sum = k_sum[:, :, -1:]
+            cache.k_sum = k_sum[:, :, -1:].clone()     # not a view, which would keep all of it
         step = ROWS // M * M                                                       # no block is cut in two
         for start in range((T - R) // M * M, T, step):
             first, end = max(start, T - R), min(start + step, T)
@@ -445,7 +456,7 @@ class SEAttention(nn.Module):
         position = sinusoids(first_row, *v.shape[2:], v.device).to(v.dtype)        # R D
         values = torch.cat([position.expand_as(v), v], -1)                         # B H R 2D
         seen, *cache.sums = implementation(q.device).kernel_attention(q, k, values, self.omega, *cache.sums)
-        code = self.encoder(torch.cat([seen.to(v.dtype), v], -1))                  # B H R 2D
+        code = self.encoder(seen, v)                                               # B H R 2D
         if cache.code is not None:
             code = torch.cat([cache.code, code], 2)                                # B H <=HALO+R 2D
         cache.code = code[:, :, -HALO:]
@@ -488,5 +499,5 @@ class SEAttention(nn.Module):
         past, cell = cell_of_key(rows, T, M, W)                                               # T T
         of_each_key = log_mass.exp() / cell_bounds(rows // M * M, W).diff().clamp(min=1)      # B H T W
         estimate = of_each_key.gather(-1, cell.expand(B, H, T, T)) * past
-        mask = flat_csr_to_dense(select(log_mass, M, self.config.keys_per_query), B, H)
+        mask = flat_csr_to_dense(self.choose(log_mass, 0), B, H)
         return estimate, mask, (q @ k.mT).masked_fill(~mask, -torch.inf).softmax(-1)

@@ -30,8 +30,8 @@ from data.engine import (RANK, RANKS, any_rank, check_fit, ctrl_c, first_rank_fi
 from model import ATTENTIONS, OPT, OPTConfig
 
 PRESETS = {
-    "cuda": dict(n_layer=6, n_head=6, n_embd=384, context=2048, map_width=256, keys_per_query=64,
-                 query_block=16, batch_size=16, steps=1500, warmup=100, eval_interval=250),
+    "cuda": dict(n_layer=8, n_head=8, n_embd=512, context=2048, map_width=256, keys_per_query=64,
+                 query_block=16, batch_size=8, steps=2000, warmup=100, eval_interval=500),
     "cpu": dict(n_layer=4, n_head=4, n_embd=256, context=128, map_width=32, keys_per_query=8,
                 query_block=8, batch_size=24, steps=280, warmup=28, eval_interval=70),
 }
@@ -72,7 +72,7 @@ def parse_arguments():
     group = parser.add_argument_group("running")
     group.add_argument("--out", default=argparse.SUPPRESS,
                        help="folder for ckpt.pt and log.csv (default: out; out-ATTENTION if that is not sea)")
-    group.add_argument("--compile", action="store_true", help="torch.compile: a slow start, then faster")
+    add_compile(group)
     add("eval_interval", "steps between validations")
     add_running(group)
     args = complete(parser.parse_args(), PRESETS)
@@ -90,6 +90,11 @@ def add_training(group, weight_decay):
     group.add_argument("--seed", type=number(int, 0), default=1337, help="of weights and batches")
 
 
+def add_compile(group):
+    group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
+                       help="torch.compile: a start of half a minute, then faster (default: on a GPU)")
+
+
 def add_running(group):
     group.add_argument("--resume", action="store_true", help="go on from the ckpt.pt of the same flags")
     group.add_argument("--device", default="auto", choices=("auto", *PRESETS), help="auto: a GPU if any")
@@ -100,7 +105,7 @@ def add_running(group):
 def complete(args, presets):
     """Fill in the device, and its preset where flags were not given."""
     args.device = pick_device(args.device)
-    return argparse.Namespace(**{**presets[args.device], **vars(args)})
+    return argparse.Namespace(**{"compile": args.device == "cuda", **presets[args.device], **vars(args)})
 
 
 @torch.no_grad()

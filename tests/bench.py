@@ -8,7 +8,9 @@ dense attention in the same run; then a model's training step. Prints tables and
     python tests/bench.py --decode --device cpu            a token's time in generation alone
 
 Times are medians in ms (on a GPU triton.testing.do_bench, after a warm-up), memory is the peak above what was
-allocated before, in MiB. A stage runs over all rows at once, the operator over a chunk of rows at a time.
+allocated before, in MiB. A stage runs over all rows at once, the operator over a chunk of rows at a time, its
+parts in PyTorch compiled. On a GPU forward passes under 50 ms are replays of a CUDA graph, dense attention's
+too, and so free of Python's time; "operator, as called" is not.
 q, k and v are synthetic: differences of a random walk over SMOOTH tokens, so that neighbours are as alike as
 in a trained model. That matters for the `union` in a table's head: cells in a row of FlatCSR over cells that
 one of its queries chose (1.7 to 1.8 at M = 8 in a trained model).
@@ -29,11 +31,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import sea  # noqa: E402
+from data.engine import compile_estimators  # noqa: E402
 from model import ATTENTIONS, OPT, OPTConfig  # noqa: E402
 from train import PRESETS  # noqa: E402
 
 SMOOTH = 64
 SETTINGS = "map_width", "keys_per_query", "query_block"
+AS_CALLED = "operator, as called"
 FIELDS = ["what", "T", "M", "keys_per_query", "map_width", "pass", "ms", "MiB"]
 
 
@@ -46,13 +50,15 @@ def parse_arguments():
     add("--points", nargs="+", default=["64:256", "512:512"], help=f"keys_per_query:map_width {default}")
     add("--heads", type=int, default=12, help=f"H {default}")
     add("--head-dim", type=int, default=64, help=f"D {default}")
-    add("--layers", type=int, default=12, help=f"of the model; 0 leaves it out {default}")
+    add("--layers", type=int, default=12, help=f"of the models; 0 leaves them out {default}")
     add("--model-lengths", type=int, nargs="+", help="T of the model (default: lengths up to 32768)")
     add("--decode", action="store_true", help="measure generation with a cache, and nothing else")
+    add("--compile", action=argparse.BooleanOptionalAction, help="SEA's parts in PyTorch (default: on a GPU)")
     add("--device", choices=("cuda", "cpu"), help="(default: a GPU if there is one)")
     add("--csv", default="bench.csv", help=default)
     args = parser.parse_args()
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.compile = args.device == "cuda" if args.compile is None else args.compile
     args.points = [tuple(map(int, point.split(":"))) for point in args.points]
     args.model_lengths = args.model_lengths or [T for T in args.lengths if T <= 32768]
     return args
@@ -60,15 +66,23 @@ def parse_arguments():
 
 # ---- measuring
 
-def median_ms(f, device):
+def median_ms(f, device, graph):
     """The first call compiles. What takes a second is run once more, not many times."""
     f()
     seconds = [timed(f, device)]
     if seconds[0] < 1 and device == "cuda":
         from triton.testing import do_bench
-        return do_bench(f, warmup=50, rep=200, return_mode="median")
+        f = captured(f).replay if graph and seconds[0] < 0.05 else f
+        return do_bench(f, warmup=25, rep=100, return_mode="median")
     seconds += [timed(f, device) for _ in range(2) if seconds[0] < 1]
     return sorted(seconds)[len(seconds) // 2] * 1000
+
+
+def captured(f):
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        f()
+    return graph
 
 
 def timed(f, device):
@@ -90,10 +104,10 @@ def extra_mib(f, device):
     return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
 
 
-def measure(f, device):
+def measure(f, device, graph=False):
     """(ms, MiB), or a word where the GPU's memory is too small or the backend does not take these sizes."""
     try:
-        return median_ms(f, device), extra_mib(f, device)
+        return median_ms(f, device, graph), extra_mib(f, device)
     except torch.OutOfMemoryError:
         return "memory", None
     except RuntimeError as error:
@@ -137,8 +151,9 @@ def stage_rows(operator, q, k, v):
     M, W, keys = config.query_block, config.map_width, config.keys_per_query
     position = sea.sinusoids(0, T, q.shape[3], q.device).to(v.dtype).expand_as(v)
     values, k_sum = torch.cat([position, v], -1), sea.running_sum(k)                    # B H T 2D; B H T+1 D
-    seen = torch.cat([sea.kernel_attention(q, k, values, operator.omega)[0].to(v.dtype), v], -1)
-    picture = lambda: operator.picture(operator.encoder(seen))
+    attention = lambda: ops.kernel_attention(q, k, values, operator.omega)[0]
+    seen = attention()
+    picture = lambda: operator.picture(operator.encoder(seen, v))
     score = picture()
     log_mass = lambda: ops.log_mass(score, operator.score_scale, operator.score_bias, q, k_sum,
                                     operator.key_weight, M)
@@ -147,7 +162,7 @@ def stage_rows(operator, q, k, v):
     mask = select()
     sparse, gates = ops.attend(q, k, v, mask), torch.rand(*q.shape[:3], 2, device=q.device, dtype=q.dtype)
     return {"running sum of k": (lambda: sea.running_sum(k), None),
-            "kernel attention": (lambda: sea.kernel_attention(q, k, values, operator.omega)[0], None),
+            "kernel attention": (attention, None),
             "MLP + CNN": (picture, None),
             "cell keys, log mass": (log_mass, None),
             "select": (select, None),
@@ -161,8 +176,8 @@ def operator_rows(operator, q, k, v):
     def with_kl():
         out = operator(q, k, v, teacher=(q.detach(), k.detach()))
         return torch.cat([out.flatten(), operator.kl.view(1).to(out.dtype)])
-    inputs = (q, k, v, *operator.parameters())
-    return {"operator": (lambda: operator(q, k, v), inputs), "operator, with KL": (with_kl, inputs)}
+    inputs, alone = (q, k, v, *operator.parameters()), lambda: operator(q, k, v)
+    return {"operator": (alone, inputs), AS_CALLED: (alone, None), "operator, with KL": (with_kl, inputs)}
 
 
 def union(mask, H, keys_per_query):
@@ -184,8 +199,9 @@ def report(rows, head, device, precision, writer, best=None):
         line = f"    {name:22}"
         for kind in ("forward", "fwd + bwd"):
             if kind == "fwd + bwd" and inputs is None:
-                continue
-            ms, mib = found[name, kind] = measure(passes(f, inputs, precision)[kind], device)
+                continue                              # autograd stays as it is called: no graph
+            run, graph = passes(f, inputs, precision)[kind], kind == "forward" and name != AS_CALLED
+            ms, mib = found[name, kind] = measure(run, device, graph)
             ratio = best[kind] / ms if kind in best and not isinstance(ms, str) else None
             width = 10 if kind == "forward" else 12
             line += f"{ms:>{width}}" if isinstance(ms, str) else f"{ms:>{width}.3f}"
@@ -226,6 +242,8 @@ def bench_attention(args, precision, writer):
             for M in args.blocks:
                 config = sea.SEAConfig(args.heads, args.head_dim, W, keys, M)
                 operator = sea.SEAttention(config).to(args.device)
+                if args.compile:
+                    compile_estimators(operator)
                 with torch.no_grad(), precision:
                     stages, mask = stage_rows(operator, q, k, v)
                 head = {"T": T, "M": M, "keys_per_query": keys, "map_width": W,
@@ -235,9 +253,11 @@ def bench_attention(args, precision, writer):
                 del rows, stages, mask, operator
 
 
-def training_step(config, device, precision):
+def training_step(config, args, precision):
     torch.manual_seed(0)
-    model = OPT(config).to(device)
+    device, model = args.device, OPT(config).to(args.device)
+    if args.compile:
+        compile_estimators(model)
     optimizer = torch.optim.AdamW(model.parameters(), fused=device == "cuda")
     tokens = torch.randint(config.vocab_size, (1, config.context + 1), device=device)
 
@@ -262,7 +282,7 @@ def bench_model(args, precision, writer):
         for keys, W in args.points:
             kinds[f"sea, {keys} keys, W {W}"] = dict(keys_per_query=keys, map_width=W, query_block=16)
         for name, more in kinds.items():
-            ms, mib = measure(training_step(OPTConfig(**shape, **more), args.device, precision), args.device)
+            ms, mib = measure(training_step(OPTConfig(**shape, **more), args, precision), args.device)
             numbers = f"{ms:>10}" if isinstance(ms, str) else f"{ms:>10.1f}{T / ms * 1000:>12.0f}"
             print(f"    {T:>8}   {name:24}{numbers}" + ("" if mib is None else f"{mib:>9.0f}"), flush=True)
             writer.writerow({"what": f"step, {name}", "T": T, "M": more.get("query_block"), "pass": "step",
@@ -270,13 +290,22 @@ def bench_model(args, precision, writer):
                              "ms": ms, "MiB": mib})
 
 
+def decoding_sizes(args):
+    """Of the models that generate: train.py's CPU preset, on a GPU those of the flags at the first point."""
+    if args.device == "cpu":
+        return {name: PRESETS["cpu"][name] for name in ("n_layer", "n_head", "n_embd", *SETTINGS)}
+    (keys, W), M = args.points[0], 16
+    return dict(n_layer=args.layers, n_head=args.heads, n_embd=args.heads * args.head_dim, map_width=W,
+                keys_per_query=keys, query_block=M)
+
+
 @torch.no_grad()
-def bench_decode(args, precision, writer, lengths=(1024, 4096, 16384), rounds=8, tokens=16):
-    """Time of a token when the cache holds about T. B = 1, random weights and text, at every T the sizes of
-    train.py's CPU preset. Lengths take turns, so that what else the machine does meets all alike."""
-    preset = PRESETS["cpu"]
-    sizes = {name: preset[name] for name in ("n_layer", "n_head", "n_embd", *SETTINGS)}
-    print(f"decoding, {sizes}, {torch.get_num_threads()} threads: median (least) ms a token after T")
+def bench_decode(args, precision, writer, rounds=8, tokens=16):
+    """Time of a token when the cache holds about T. B = 1, random weights and text. Lengths take turns, so
+    that what else the machine does meets all alike."""
+    lengths = (1024, 4096, 16384) if args.device == "cpu" else (2048, 8192, 32768)
+    sizes = decoding_sizes(args)
+    print(f"\ndecoding, {sizes}, {torch.get_num_threads()} threads: median (least) ms a token after T")
     print(f"    {'attention':12}" + "".join(f"{T:>18}" for T in lengths) + "    last / first", flush=True)
     for kind in ATTENTIONS:
         torch.manual_seed(0)
@@ -294,8 +323,8 @@ def bench_decode(args, precision, writer, lengths=(1024, 4096, 16384), rounds=8,
         numbers = "".join(f"{m:>9.2f} ({1000 * min(seconds[T]):6.2f})" for T, m in zip(lengths, ms))
         print(f"    {kind:12}{numbers}{ms[-1] / ms[0]:>16.2f}", flush=True)
         for T, m in zip(lengths, ms):
-            writer.writerow({"what": f"decode, {kind}", "T": T, "M": preset["query_block"], "pass": "token",
-                             "keys_per_query": preset["keys_per_query"], "map_width": preset["map_width"],
+            writer.writerow({"what": f"decode, {kind}", "T": T, "M": sizes["query_block"], "pass": "token",
+                             "keys_per_query": sizes["keys_per_query"], "map_width": sizes["map_width"],
                              "ms": m})
 
 
@@ -312,9 +341,10 @@ def main():
         writer.writeheader()
         if not args.decode:
             bench_attention(args, precision, writer)
-            if args.layers:
-                bench_model(args, precision, writer)
-        bench_decode(args, precision, writer)
+        if args.layers and not args.decode:
+            bench_model(args, precision, writer)
+        if args.layers:
+            bench_decode(args, precision, writer)
 
 
 if __name__ == "__main__":
