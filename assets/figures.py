@@ -1,8 +1,9 @@
 """
-Draw the README's figure, assets/sea.png, from a trained model's real matrices. This is the only file that
-needs a package to draw with: pip install matplotlib.
+Draw the README's figures: assets/sea.png from a trained model's real matrices, assets/speed.png from what
+tests/bench.py measured. This is the only file that needs a package to draw with: pip install matplotlib.
 
     python assets/figures.py --checkpoint out/ckpt.pt
+    python assets/figures.py --bench bench.csv
 
 The README's picture of the page, assets/page.png, is Chromium's, 1000 pixels wide, of the same text:
 
@@ -10,6 +11,8 @@ The README's picture of the page, assets/page.png, is Chromium's, 1000 pixels wi
     chromium --headless --hide-scrollbars --virtual-time-budget=4000 --window-size=1000,990 \\
         --screenshot=assets/page.png "file://$PWD/page.html#layer=1&head=1&token=112"
 """
+import csv
+import math
 import sys
 from pathlib import Path
 
@@ -37,6 +40,8 @@ def parse_arguments():
     parser.add_argument("--layer", type=int, default=1, help="the layer to draw")
     parser.add_argument("--head", type=int, default=1, help="the head to draw")
     parser.add_argument("--text", action="store_true", help="print the text and draw nothing")
+    parser.add_argument("--bench", help="a CSV of tests/bench.py: draw speed.png and nothing else")
+    parser.add_argument("--query-block", type=int, default=16, help="M of SEA in speed.png")
     return parser.parse_args()
 
 
@@ -67,10 +72,70 @@ def draw(estimate, mask, used, dense, block, path):
     figure.savefig(path, dpi=160)
 
 
+def curves(path, query_block):
+    """Forward passes in a CSV of tests/bench.py: {name: {T: (ms, MiB or None)}}, dense attention first."""
+    found, number = {}, lambda text: float(text) if text[:1].isdigit() else None
+    for row in csv.DictReader(open(path, newline="")):
+        dense, sea = row["what"].startswith(("SDPA", "materialised")), row["what"] == "operator"
+        if row["pass"] != "forward" or not (dense or sea and row["M"] == str(query_block)):
+            continue
+        name = row["what"] if dense else f"SEA, {row['keys_per_query']} keys, W {row['map_width']}"
+        if number(row["ms"]) is not None:
+            found.setdefault(name, {})[int(row["T"])] = number(row["ms"]), number(row["MiB"])
+    return dict(sorted(found.items(), key=lambda item: item[0].startswith("SEA")))
+
+
+def crossing(ours, theirs):
+    """Where the first falls below the second, both {T: ms}: T on a line between points in logarithms."""
+    both = sorted(T for T in ours if T in theirs)
+    gap = {T: math.log(ours[T] / theirs[T]) for T in both}
+    for low, high in zip(both, both[1:]):
+        if gap[low] > 0 >= gap[high]:
+            return low * (high / low) ** (gap[low] / (gap[low] - gap[high]))
+
+
+def draw_speed(found, path):
+    """Time and memory over T, with a ring where SEA becomes quicker than the quickest dense attention."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    plt.rcParams.update({"font.size": 11, "axes.edgecolor": "#888888"})
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    colors = dict(zip(found, ["#9a9a9a", "#5c5c5c", "#c9a227"] if len(found) > 2 else ["#5c5c5c"]))
+    colors |= dict(zip([name for name in found if name.startswith("SEA")], (STOPS[3], STOPS[5])))
+    times = {name: {T: ms for T, (ms, _) in points.items()} for name, points in found.items()}
+    best = {}
+    for name, points in times.items():
+        for T, ms in points.items() if name.startswith("SDPA") else []:
+            best[T] = min(ms, best.get(T, ms))
+    for name, points in found.items():
+        for axis, values in zip(axes, (times[name], {T: mib for T, (_, mib) in points.items() if mib})):
+            axis.plot(sorted(values), [values[T] for T in sorted(values)], "o-", ms=4, color=colors[name], label=name)
+        T = crossing(times[name], best) if name.startswith("SEA") else None
+        if T:
+            low, high = max(t for t in best if t <= T), min(t for t in best if t >= T)
+            ms = best[low] * (best[high] / best[low]) ** (math.log(T / low) / math.log(high / low))
+            axes[0].plot(T, ms, "o", ms=13, mfc="none", mec=colors[name])
+            axes[0].annotate(f"{T / 1024:.0f}k", (T, ms), (8, -14), textcoords="offset points", color=colors[name])
+    for axis, title in zip(axes, ("forward, ms", "memory above the inputs, MiB")):
+        axis.set_xscale("log", base=2)
+        axis.set(yscale="log", xlabel="T, tokens")
+        axis.set_title(title, loc="left", fontweight="bold")
+        ticks = sorted({T for points in found.values() for T in points})
+        axis.set_xticks(ticks, [f"{T // 1024}k" if T >= 1024 else T for T in ticks])
+        axis.grid(alpha=0.3)
+    axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=160)
+
+
 def main():
     args = parse_arguments()
     if args.text:
         return print(TEXT)
+    if args.bench:
+        path = Path(__file__).resolve().parent / "speed.png"
+        draw_speed(curves(args.bench, args.query_block), path)
+        return print(path)
     model, rest = load_checkpoint(args.checkpoint, "cpu")
     config = model.eval().config
     if config.attention != "sea" or args.layer >= config.n_layer or args.head >= config.n_head:

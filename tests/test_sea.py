@@ -196,6 +196,35 @@ def test_cell_key_scores_are_products_with_mean_keys(T, M, W):
             assert torch.allclose(scores[:, :, t, c], expected.double(), atol=1e-12)
 
 
+@pytest.mark.parametrize("T", SIZES)
+def test_sums_over_tokens(T, monkeypatch):
+    x, start = qkv(2, 3, T, 16)[0].double(), torch.randn(2, 3, 1, 16).double()
+    assert error(sea.cumulative_sum(x, start), start + x.cumsum(2)) < 1e-14
+    assert error(sea.cumulative_sum(x.float()), x.cumsum(2)) < 1e-6
+    assert error(sea.cumulative_sum(x.bfloat16()), x.bfloat16().double().cumsum(2)) < 1e-6     # in float32
+    monkeypatch.setattr(sea, "ROWS", 48)
+    sums = sea.running_sum(x, start)
+    assert torch.equal(sums[:, :, :1], start) and error(sums[:, :, 1:], start + x.cumsum(2)) < 1e-14
+
+
+@pytest.mark.parametrize("T, M, share", [(1, 4, 4), (63, 1, 4), (100, 16, 1), (257, 16, 8)])
+@pytest.mark.parametrize("cell_keys", [True, False])
+def test_log_mass_is_the_softmax_over_keys_summed_in_cells(T, M, share, cell_keys, H=2, W=16):
+    q, k, _ = qkv(2, H, T, 8, torch.float64)
+    score, scale, bias, weight = (torch.randn(shape, dtype=torch.float64) for shape in (
+        (2, H, T, W // share), (H, W), (H, W), (H,)))
+    keys = (sea.running_sum(k), weight) if cell_keys else (None, None)
+    mass = sea.log_mass(score, scale, bias, q, *keys, M).exp()
+    s = score.repeat_interleave(share, -1) * scale[:, None] + bias[:, None]
+    if cell_keys:
+        s = s + weight[:, None, None] * sea.cell_key_scores(q, keys[0], M, W)
+    past, cell = sea.cell_of_key(torch.arange(T), T, M, W)
+    p = s.gather(-1, cell.expand(2, H, T, T)).masked_fill(~past, -torch.inf).softmax(-1)      # of each key
+    wanted = torch.zeros_like(mass).scatter_add(-1, cell.expand(2, H, T, T), p.masked_fill(~past, 0))
+    rows = past.any(-1)
+    assert torch.allclose(mass[:, :, rows], wanted[:, :, rows], atol=1e-12)
+
+
 @pytest.mark.parametrize("M", [1, 16])
 def test_rows_go_through_in_chunks_with_the_same_result(M, monkeypatch):
     layer, (q, k, v) = attention(257, M), qkv(2, 3, 257, 16)
