@@ -171,9 +171,9 @@ def kernel_attention(q, k, values, omega, context=0., norm=0.):
     norms, out = state.new_empty(B, H, grid[0] + 1, 1, F), values.new_empty(values.shape)
     state[:, :, :1], norms[:, :, :1] = context, norm
     state_kernel[grid](strided(k), strided(values), omega, state, norms, **sizes)
-    state, norms = state.cumsum(2), norms.cumsum(2)
+    state.cumsum_(2), norms.cumsum_(2)
     kernel_attention_kernel[grid](*map(strided, (q, k, values)), omega, state, norms, strided(out), **sizes)
-    return out, state[:, :, -1:], norms[:, :, -1:]
+    return out, state[:, :, -1:].clone(), norms[:, :, -1:].clone()      # not views, which would keep it all
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -481,13 +481,14 @@ class SEAttention(nn.Module):
 
     def mix(self, sparse, v, gates, cache):
         """g_mix * (g_prob * sparse) + (1 - g_mix) * mean(v_0 .. v_t), two gates for each query and head."""
-        out, count = [], cache.T + torch.arange(1, v.shape[2] + 1, device=v.device)[:, None]
-        for sparse, v, gates, count in zip(*(x.split(ROWS, -2) for x in (sparse, v, gates, count))):
-            v_sum = cumulative_sum(v, cache.v_sum)                                 # B H R D
-            mean, (g_prob, g_mix) = (v_sum / count).to(v.dtype), gates.split(1, -1)
-            out.append(g_mix * (g_prob * sparse) + (1 - g_mix) * mean)             # B H R D
+        out, count = torch.empty_like(sparse), cache.T + torch.arange(1, v.shape[2] + 1, device=v.device)
+        for i in range(0, v.shape[2], ROWS):
+            attended, values, gate = (x[:, :, i:i + ROWS] for x in (sparse, v, gates))
+            v_sum, (g_prob, g_mix) = cumulative_sum(values, cache.v_sum), gate.split(1, -1)
+            mean = (v_sum / count[i:i + ROWS, None]).to(v.dtype)                   # B H R D
+            out[:, :, i:i + ROWS] = g_mix * (g_prob * attended) + (1 - g_mix) * mean
             cache.v_sum = v_sum[:, :, -1:]
-        return torch.cat(out, 2)
+        return out
 
     @torch.no_grad()
     def look(self, q, k, v):

@@ -108,6 +108,7 @@ def open_gates_halfway(attention):
 class Variant:
     attention: str = "sea"
     settings: dict = field(default_factory=dict)            # of SEA, in place of the base's
+    width: float = 1                                        # of the map, times the base's
     change: Callable = lambda attention: None               # of each SEAttention
     without: str = ""                                       # the loss that is left out
     at_half: bool = False                                   # trained on twice the windows of half the context
@@ -129,7 +130,9 @@ VARIANTS = {
     "KL on a quarter": Variant(change=become(QuarterKL)),
     "no CNN": Variant(change=without_cnn),
     "true mass": Variant(change=become(TrueMass)),
-    **{f"W {W}": Variant(settings=dict(map_width=W)) for W in (64, 128, 512)},
+    "a quarter of W": Variant(width=1 / 4),
+    "half of W": Variant(width=1 / 2),
+    "twice W": Variant(width=2),
     **{f"no {loss} loss": Variant(without=loss) for loss in WEIGHTS},
     "sea trained at half": Variant(at_half=True, further=("half",)),
 }
@@ -179,7 +182,9 @@ def training_flags(args, variant):
 def make_student(teacher, variant, args):
     torch.compiler.reset()                                  # as if nothing had run before in this process
     torch.manual_seed(args.seed)
-    student = with_attention(teacher, variant.attention, args.settings | variant.settings)
+    width = args.settings.get("map_width", teacher.config.map_width) * variant.width
+    settings = args.settings | dict(map_width=round(width)) | variant.settings
+    student = with_attention(teacher, variant.attention, settings)
     for block in student.layers:
         variant.change(block.self_attn.attention)
     check_fit(student.config, args.batch_size, args.device)
