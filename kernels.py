@@ -553,11 +553,12 @@ def attend(q, k, v, mask):
 # Pool
 #
 #   for each group of neighbouring blocks, ROWS queries as one tile, which load a key once for all of them:
-#       log-sum-exp of q k over the past keys
 #       for CELLS cells at a time, over the keys that they hold in any of the blocks:
-#           p = exp(q k - lse)                                          ROWS KEYS
+#           new maximum, rescale
+#           p = exp(q k - maximum)                                      ROWS KEYS
 #           sums += p (does the key lie in the cell?)                   ROWS blocks*CELLS
-#       keep a query's sums over the cells of its own block
+#       keep log(sums) + maximum for the cells of a query's own block, where its mass will be
+#       mass = exp(that - its log-sum-exp over all cells)
 #
 # A query needs no other block's cells, but tensor cores give them nearly for free, and nothing is scattered.
 
@@ -565,18 +566,6 @@ def attend(q, k, v, mask):
 def past_scores(q, k, b, h, key, a, D: tl.constexpr):
     score = dot(q, tl.trans(load(k, b, h, key, key < tl.max(a), D)))
     return tl.where(key[None, :] < a[:, None], score * LOG2E, -float("inf"))
-
-
-@triton.jit
-def past_lse(q, k, b, h, a, j, D: tl.constexpr):
-    """Base-2 log-sum-exp of each query's scores over keys [0, a); 0 where there is none."""
-    top, total = tl.full(a.shape, -1e30, tl.float32), tl.zeros(a.shape, tl.float32)
-    for start in range(0, tl.max(a), j.shape[0]):
-        score = past_scores(q, k, b, h, start + j, a, D)
-        new_top = tl.maximum(top, tl.max(score, 1))
-        total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(score - new_top[:, None]), 1)
-        top = new_top
-    return tl.where(a > 0, top + tl.log2(total), 0)
 
 
 @triton.jit(do_not_specialize=["T", "N", "rows", "H"])
@@ -590,7 +579,8 @@ def pool_kernel(q, k, blocks, out, T, N, rows, H, D: tl.constexpr, M: tl.constex
     a = tl.load(blocks + n, mask=n < N, other=0).to(tl.int32) * M
     first, real = tl.min(tl.where(n < N, a, T)), (m < M) & (n < N) & (a + m < T)
     q_tile, a = load(q, b, h, a + m, real, D), tl.where(real, a, 0)
-    last, lse = tl.max(a), past_lse(q_tile, k, b, h, a, j, D)
+    last, total = tl.max(a), tl.zeros([ROWS], tl.float32)
+    top = total - 1e30
     address, mask = tile(out, b, h, n * M + m, (m < M) & (n * M + m < rows), x % CELLS, W)
     mask = mask & ((i // padded(M))[:, None] == (x // CELLS)[None, :])
     for c in range(0, W, CELLS):
@@ -600,10 +590,21 @@ def pool_kernel(q, k, blocks, out, T, N, rows, H, D: tl.constexpr, M: tl.constex
         high = (last.to(tl.int64) * tl.minimum(c + CELLS, W) // W).to(tl.int32)
         for start in range(low, high, KEYS):
             key = start + j
-            p = tl.exp2(past_scores(q_tile, k, b, h, key, a, D) - lse[:, None])
+            score = past_scores(q_tile, k, b, h, key, a, D)
+            new_top = tl.maximum(top, tl.max(score, 1))
+            p, shrink = tl.exp2(score - new_top[:, None]), tl.exp2(top - new_top)
             inside = (key[:, None] >= begin[None, :]) & (key[:, None] < end[None, :])
+            sums *= shrink[:, None]
             sums += dot(p.to(q_tile.dtype), tl.where(inside, 1.0, 0.0).to(q_tile.dtype))
-        tl.store(address + c, sums, mask=mask & (cell < W)[None, :])
+            total, top = total * shrink, new_top
+        mine = mask & (cell < W)[None, :]
+        total += tl.sum(tl.where(mine, sums, 0), 1)
+        tl.store(address + c, tl.log2(sums) + top[:, None], mask=mine)
+    lse = tl.where(total == 0, 0, top + tl.log2(total))
+    tl.debug_barrier()                       # one thread may read what another wrote
+    for c in range(0, W, CELLS):
+        mine = mask & (c + x % CELLS < W)[None, :]
+        tl.store(address + c, tl.exp2(tl.load(address + c, mask=mine) - lse[:, None]), mask=mine)
 
 
 @torch.no_grad()
