@@ -15,6 +15,7 @@ and selects for itself. Where R rows of N blocks are given instead of all T, the
 Below come geometry, selection, attention, the estimate, and SEAttention, which puts them together.
 log_mass, select, attend and pool define the result; kernels.py has the same four in Triton, for GPUs.
 """
+import functools
 import importlib.util
 import sys
 from dataclasses import dataclass
@@ -290,6 +291,7 @@ class Cache:
         return self.rows[name][:, :, :end]
 
 
+@functools.lru_cache(maxsize=64)
 def sinusoids(first_row, R, D, device):
     """Fixed position code of rows from first_row on, which knows no maximal length: (R, D) float32."""
     rate = 10000 ** (-torch.arange(0, D, 2, device=device) / D)

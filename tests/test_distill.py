@@ -19,7 +19,7 @@ from model import OPT, OPTConfig
 SMALL = dict(vocab_size=256, context=64, n_layer=2, n_head=2, n_embd=64, map_width=16, keys_per_query=8,
              query_block=4)
 SETTINGS = dict(lr=1e-3, new_lr=10., weight_decay=0.01, warmup=5, steps=60, batch_size=8, seed=1, clip=1.0,
-                accumulate=1, save_interval=100,
+                accumulate=1, save_interval=100, compile=False,
                 log_interval=1, device="cpu",
                 **{f"weight_{name}": weight for name, (weight, _) in distill.WEIGHTS.items()})
 
