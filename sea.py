@@ -13,9 +13,8 @@ M = query_block: block g holds queries g*M .. g*M + M-1, and its anchor is a = g
 and selects for itself. Where R rows of N blocks are given instead of all T, they start at first_row.
 
 Below come geometry, selection, attention, the estimate, and SEAttention, which puts them together.
-log_mass, select, attend and pool define the result; kernels.py has the same four in Triton, for GPUs.
+kernel_attention, log_mass, select, attend and pool define the result; kernels.py has the same five in Triton.
 """
-import functools
 import importlib.util
 import sys
 from dataclasses import dataclass
@@ -291,7 +290,6 @@ class Cache:
         return self.rows[name][:, :, :end]
 
 
-@functools.lru_cache(maxsize=64)
 def sinusoids(first_row, R, D, device):
     """Fixed position code of rows from first_row on, which knows no maximal length: (R, D) float32."""
     rate = 10000 ** (-torch.arange(0, D, 2, device=device) / D)
@@ -397,7 +395,8 @@ class Picture(nn.Module):
 
 
 def implementation(device):
-    """The module whose log_mass, select, attend and pool serve a device: kernels.py on a GPU, or this."""
+    """The module whose kernel_attention, log_mass, select, attend and pool serve a device: kernels.py on a
+    GPU, or this one."""
     if torch.device(device).type == "cuda" and importlib.util.find_spec("triton"):
         import kernels
         return kernels
