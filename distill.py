@@ -186,8 +186,10 @@ def describe(name, model, tokens, args, precision):
     return loss, keys, mass
 
 
-def distill(student, teacher, tokens, args, precision, optimizer=None, done=0, save=lambda step: None):
-    """Train the student from step `done` to args.steps, with lines and checkpoints -> the last losses."""
+def distill(student, teacher, tokens, args, precision, optimizer=None, done=0,
+            save=lambda step, stop: None):
+    """Train the student from step `done` to args.steps -> the last losses. save(step, stop) is called after
+    some steps, after the last, and, with stop true, after Ctrl-C."""
     optimizer = optimizer or make_optimizer(student, args.lr, args.weight_decay, args.new_lr)
     run, mark, marked, pressed = parallel(student.train()), time.time(), done, ctrl_c()
     if args.compile:
@@ -213,9 +215,7 @@ def distill(student, teacher, tokens, args, precision, optimizer=None, done=0, s
             mark, marked = time.time(), step
         stop = any_rank(pressed, args.device)
         if stop or step % args.save_interval == 0 or step == args.steps:
-            save(step)
-        if stop:
-            leave(args.out / "ckpt.pt", step, args.steps)
+            save(step, stop)
     return losses
 
 
@@ -248,9 +248,12 @@ def main():
         before, *_ = describe(f"{args.attention} student before", student, evaluated, args, precision)
     with one_line(OSError, hint="give another folder by --out"):
         args.out.mkdir(parents=True, exist_ok=True)
-    save = lambda step: save_checkpoint(path, student, tokenizer=tokenizer, data=args.data, step=step,
-                                        settings=settings, before=(start, before),
-                                        optimizer=optimizer.state_dict())
+
+    def save(step, stop):
+        save_checkpoint(path, student, tokenizer=tokenizer, data=args.data, step=step, settings=settings,
+                        before=(start, before), optimizer=optimizer.state_dict())
+        if stop:
+            leave(path, step, args.steps)
     begin = time.time()
     losses = distill(student, teacher, tokens, args, precision, optimizer, done, save)
     seconds = time.time() - begin

@@ -1,12 +1,13 @@
 """
 Triton kernels for the steps of SEA that touch many keys or cells. sea.py has the same functions in PyTorch
-and is the reference: names, signatures and results agree, as do the letters B H T R D M W N.
+and is the reference: names, signatures and results agree, but for `chunk` and where there is no gradient; so
+do the letters B H T R D M W N.
 
-    kernel_attention   one per (batch, head, chunk of rows), twice
-    log_mass   one program per (batch, head, block), forward and backward
-    select     one per query finds its threshold; one per block joins its queries and writes FlatCSR
-    attend     one per (batch, head, block), forward and backward
-    pool       one per (batch, head, ROWS queries of neighbouring blocks)
+    kernel_attention   two programs per (batch, head, chunk of rows, tile of the values' columns)
+    log_mass           one per (batch, head, block), forward and backward
+    select             one per query finds its threshold; one per block joins its queries and writes FlatCSR
+    attend             one per (batch, head, block), forward and backward
+    pool               one per (batch, head, ROWS queries of neighbouring blocks)
 
 Products take the inputs' dtype and add up in float32. With TRITON_INTERPRET=1 all runs on the CPU, for tests.
 """
@@ -232,7 +233,8 @@ def log_mass_kernel(score, scale, bias, q, k_sum, key_weight, out, first_row, R,
 # Backward, with g the gradient of log Q:
 #
 #   ds = g - Q sum(g)       dscore = sum(scale ds) over the cells that share it
-#   dscale = sum(ds score), dbias = sum(ds), dkey_weight = sum(ds q mean^T), over rows by float32 atomics
+#   dscale = sum(ds score), dbias = sum(ds), dkey_weight = sum(ds q mean^T), over rows by float32 atomics,
+#   so that they vary in the last bits from run to run
 
 @triton.jit(do_not_specialize=["first_row", "R", "H"])
 def log_mass_backward_kernel(score, scale, q, k_sum, key_weight, out, g, dscore, dscale, dbias, dkey_weight,
@@ -553,7 +555,7 @@ def attend(q, k, v, mask):
 # Pool
 #
 #   for each group of neighbouring blocks, ROWS queries as one tile, which load a key once for all of them:
-#       for CELLS cells at a time, over the keys that they hold in any of the blocks:
+#       for CELLS cells at a time, over the keys that they hold in any of the blocks (few are read twice):
 #           new maximum, rescale
 #           p = exp(q k - maximum)                                      ROWS KEYS
 #           sums += p (does the key lie in the cell?)                   ROWS blocks*CELLS

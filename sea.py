@@ -102,7 +102,8 @@ def cumulative_sum(x, start=0., chunk=64):
 
 
 def running_sum(x, start=0.):
-    """(B, H, T, D) -> (B, H, T + 1, D): row t is start + the sum of rows 0 .. t-1. No second one is made."""
+    """(B, H, T, D) -> (B, H, T + 1, D): row t is start + the sum of rows 0 .. t-1. By and by: it is
+    large, and a second one of its size would not fit beside it."""
     sums = x.new_empty(*x.shape[:2], x.shape[2] + 1, x.shape[3], dtype=running_dtype(x))
     sums[:, :, :1] = start
     for i in range(0, x.shape[2], ROWS):
@@ -122,7 +123,7 @@ class FlatCSR(NamedTuple):
     """
     crow: Tensor       # (B, N, H + 1) int64, positions in dimension 1 of cells and queries
     cells: Tensor      # (B, room) int32, column h*W + c, ascending in a row; 0 where unused
-    queries: Tensor  # (B, room) int32, bit m is set where the block's query m chose the cell; 0 where unused
+    queries: Tensor    # (B, room) int32, bit m is set where the block's query m chose the cell; 0 if unused
     T: int             # keys, up to the last query
     query_block: int
     map_width: int
@@ -330,9 +331,10 @@ def cell_key_scores(q, k_sum, query_block, map_width, first_row=0):
     """
     bounds = cell_bounds(anchors(first_row, q.shape[2], query_block, q.device), map_width)    # N W+1
     blocks, few, scores = block_rows(q.to(k_sum.dtype), first_row, query_block), max(1, 8192 // map_width), []
-    for q_few, bounds_few in zip(blocks.split(few, 2), bounds.split(few)):
-        sums = q_few @ k_sum[:, :, bounds_few].mT                                             # B H N M W+1
-        scores.append(sums.diff() / bounds_few.diff().clamp(min=1)[:, None])                  # B H N M W
+    with torch.autocast(q.device.type, enabled=False):     # a difference of large sums needs all their digits
+        for q_few, bounds_few in zip(blocks.split(few, 2), bounds.split(few)):
+            sums = q_few @ k_sum[:, :, bounds_few].mT                                         # B H N M W+1
+            scores.append(sums.diff() / bounds_few.diff().clamp(min=1)[:, None])              # B H N M W
     return torch.cat(scores, 2).flatten(2, 3)[:, :, first_row % query_block:][:, :, :q.shape[2]]
 
 
@@ -386,7 +388,7 @@ class Picture(nn.Module):
         self.norm_out = LayerNorm(width, elementwise_affine=False)
 
     def forward(self, code):
-        causal = lambda x: x[:, :, :code.shape[2]]                 # rows t-4, t-2, t and no later one
+        causal = lambda x: x[:, :, :code.shape[2]]          # padded by 4 at both ends: t-4, t-2, t are left
         x = self.linear(code).unflatten(-1, (self.CHANNELS, -1))   # B H R 2 W/4
         x = self.norm_in(x).permute(0, 2, 4, 1, 3).flatten(3)      # B R W/4 2H: channels last, for GPUs
         x = F.relu(causal(self.conv1(x.permute(0, 3, 1, 2))))      # B 2H R W/4
@@ -439,7 +441,7 @@ class SEAttention(nn.Module):
         M, k_sum, masks, gates, kl = config.query_block, None, [], [], []
         if config.cell_keys:
             k_sum = cache.extend("k_sum", running_sum(k[:, :, -R:], cache.k_sum))             # B H T+1 D
-            cache.k_sum = k_sum[:, :, -1:].clone()     # not a view, which would keep all of it
+            cache.k_sum = k_sum[:, :, -1:].clone()
         step = ROWS // M * M                                                       # no block is cut in two
         for start in range((T - R) // M * M, T, step):
             first, end = max(start, T - R), min(start + step, T)
@@ -460,7 +462,7 @@ class SEAttention(nn.Module):
         code = self.encoder(seen, v)                                               # B H R 2D
         if cache.code is not None:
             code = torch.cat([cache.code, code], 2)                                # B H <=HALO+R 2D
-        cache.code = code[:, :, -HALO:]
+        cache.code = code[:, :, -HALO:].clone()        # not a view, which would keep all of it; so below
         return code
 
     def estimate(self, code, q, k_sum, first_row):
@@ -484,12 +486,16 @@ class SEAttention(nn.Module):
         """g_mix * (g_prob * sparse) + (1 - g_mix) * mean(v_0 .. v_t), two gates for each query and head."""
         out, count = torch.empty_like(sparse), cache.T + torch.arange(1, v.shape[2] + 1, device=v.device)
         for i in range(0, v.shape[2], ROWS):
-            attended, values, gate = (x[:, :, i:i + ROWS] for x in (sparse, v, gates))
-            v_sum, (g_prob, g_mix) = cumulative_sum(values, cache.v_sum), gate.split(1, -1)
-            mean = (v_sum / count[i:i + ROWS, None]).to(v.dtype)                   # B H R D
-            out[:, :, i:i + ROWS] = g_mix * (g_prob * attended) + (1 - g_mix) * mean
-            cache.v_sum = v_sum[:, :, -1:]
+            rows = (x[:, :, i:i + ROWS] for x in (sparse, v, gates))
+            out[:, :, i:i + ROWS], cache.v_sum = self.mix_rows(*rows, cache.v_sum, count[i:i + ROWS, None])
         return out
+
+    @staticmethod
+    def mix_rows(sparse, v, gates, v_sum, count):
+        """mix of up to ROWS rows -> those, and v_sum (B, H, 1, D) up to the last of them."""
+        v_sums, (g_prob, g_mix) = cumulative_sum(v, v_sum), gates.split(1, -1)     # B H R D
+        mean = (v_sums / count).to(v.dtype)                                        # B H R D
+        return g_mix * (g_prob * sparse) + (1 - g_mix) * mean, v_sums[:, :, -1:].clone()
 
     @torch.no_grad()
     def look(self, q, k, v):

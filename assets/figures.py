@@ -101,8 +101,8 @@ def draw_speed(found, path):
     import matplotlib.pyplot as plt
     plt.rcParams.update({"font.size": 11, "axes.edgecolor": "#888888"})
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    colors = dict(zip(found, ["#9a9a9a", "#5c5c5c", "#c9a227"] if len(found) > 2 else ["#5c5c5c"]))
-    colors |= dict(zip([name for name in found if name.startswith("SEA")], (STOPS[3], STOPS[5])))
+    shades = {True: iter(2 * [STOPS[3], STOPS[5], STOPS[2]]), False: iter(["#9a9a9a", "#5c5c5c", "#c9a227"])}
+    colors = {name: next(shades[name.startswith("SEA")]) for name in found}
     times = {name: {T: ms for T, (ms, _) in points.items()} for name, points in found.items()}
     best = {}
     for name, points in times.items():
@@ -110,13 +110,15 @@ def draw_speed(found, path):
             best[T] = min(ms, best.get(T, ms))
     for name, points in found.items():
         for axis, values in zip(axes, (times[name], {T: mib for T, (_, mib) in points.items() if mib})):
-            axis.plot(sorted(values), [values[T] for T in sorted(values)], "o-", ms=4, color=colors[name], label=name)
+            axis.plot(sorted(values), [values[T] for T in sorted(values)], "o-", ms=4, color=colors[name],
+                      label=name)
         T = crossing(times[name], best) if name.startswith("SEA") else None
         if T:
             low, high = max(t for t in best if t <= T), min(t for t in best if t >= T)
             ms = best[low] * (best[high] / best[low]) ** (math.log(T / low) / math.log(high / low))
             axes[0].plot(T, ms, "o", ms=13, mfc="none", mec=colors[name])
-            axes[0].annotate(f"{T / 1024:.0f}k", (T, ms), (8, -14), textcoords="offset points", color=colors[name])
+            axes[0].annotate(f"{T / 1024:.0f}k", (T, ms), (8, -14), textcoords="offset points",
+                             color=colors[name])
     for axis, title in zip(axes, ("forward, ms", "memory above the inputs, MiB")):
         axis.set_xscale("log", base=2)
         axis.set(yscale="log", xlabel="T, tokens")

@@ -2,7 +2,8 @@
 What train.py and distill.py share: the device, one step of the optimizer, checkpoints, several GPUs.
 
 A batch is a function of the seed, the step and the rank, and training draws no other random numbers. So the
-weights, the optimizer's state and the number of the step are all that a run needs to go on, to the bit.
+weights, the optimizer's state and the number of the step are all that a run needs to go on: to the bit on a
+CPU; on a GPU the kernels' float32 atomics vary in the last bits.
 """
 import math
 import os
@@ -108,11 +109,12 @@ def optimizer_step(model, optimizer, batches, losses_of, clip, precision):
 
 
 def compile_estimators(model):
-    """torch.compile what SEA layers do in PyTorch, in place; nothing that distill.py's hooks read."""
+    """torch.compile the MLP, the CNN and the mix of SEA layers, in place; nothing that distill.py's hooks
+    read, and nothing whose code depends on T."""
     for attention in (module for module in model.modules() if isinstance(module, sea.SEAttention)):
         attention.encoder.compile()
         attention.picture.compile()
-        attention.mix = torch.compile(attention.mix)
+        attention.mix_rows = torch.compile(attention.mix_rows)
 
 
 def ctrl_c():

@@ -9,11 +9,13 @@ few steps on the same batches and evaluated on the same windows. Prints a table 
 
 Columns: perplexity before training and after it, keys per query and the share of the dense attention's mass
 on them (in the first held-out window), the attention KL of the last batch, seconds of training, steps.
-"evaluated at half" is a row for the same student on windows of half the context; the others have all of it.
+"evaluated at half" is a row for the same student on windows of half the context, which is other text unless
+--eval-windows covers all: compare such rows with each other.
 """
 import argparse
 import csv
 import math
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -71,7 +73,7 @@ class TrueMass(SEAttention):
 
 class QuarterKL(SEAttention):
     def distance(self, log_mass, teacher, first_row):
-        """attention_kl of the rows of a random quarter of the blocks, since pool's time is quadratic."""
+        """attention_kl of the rows of a random quarter of the blocks: unbiased, and less to pool."""
         M, W, R = self.config.query_block, self.config.map_width, log_mass.shape[2]
         blocks = anchors(first_row, R, M) // M
         blocks = blocks[torch.randperm(len(blocks))[:max(1, len(blocks) // 4)].sort().values]
@@ -134,6 +136,7 @@ VARIANTS = {
     "half of W": Variant(width=1 / 2),
     "twice W": Variant(width=2),
     **{f"no {loss} loss": Variant(without=loss) for loss in WEIGHTS},
+    "dense, no hidden loss": Variant("dense", without="hidden"),
     "sea trained at half": Variant(at_half=True, further=("half",)),
 }
 
@@ -204,7 +207,8 @@ def at_context(model, context):
 
 def measure(model, tokens, args, precision):
     """A model on held-out text, at its context of now."""
-    ppl = math.exp(evaluate(model, tokens, args.batch_size, args.eval_windows, precision))
+    windows = args.eval_windows * args.context // model.config.context       # as many tokens at any context
+    ppl = math.exp(evaluate(model, tokens, args.batch_size, windows, precision))
     idx = torch.from_numpy(tokens[:model.config.context].astype("int64"))[None].to(args.device)
     with precision:
         keys, mass = keys_and_mass(model.eval(), idx)
@@ -214,12 +218,13 @@ def measure(model, tokens, args, precision):
 
 def train(student, teacher, tokens, variant, args, precision):
     """Distil -> seconds, steps and the attention KL at the end; Ctrl-C ends the program after a step."""
-    def stop_early(step):
-        if step < args.steps:
+    def stop_early(step, stop):
+        if stop:
             raise SystemExit(130)
     begin, half = time.time(), student.config.context // 2
     with at_context(student, half if variant.at_half else student.config.context):
         losses = distill(student, teacher, tokens, training_flags(args, variant), precision, save=stop_early)
+    signal.signal(signal.SIGINT, signal.default_int_handler)          # no step is left to be ended
     kl = losses["attention"] if variant.attention == "sea" else None
     return dict(kl=kl, seconds=time.time() - begin, steps=args.steps)
 
@@ -275,12 +280,14 @@ def finish(name, rows, table, args):
     return True
 
 
+@one_line(KeyboardInterrupt, hint="the CSV keeps the rows that were known")
 def main():
     args = parse_arguments()
     if args.list:
         return print(*VARIANTS, sep="\n")
     teacher, tokenizer, data = load_teacher(args)
     splits = open_data(data, argparse.Namespace(split="val"), teacher, tokenizer)
+    args.context = teacher.config.context
     (precision, why), table = pick_precision(args.device), open_table(args.csv)
     print(f"teacher {args.teacher}, data/{data}, {why}")
     print(f"{'variant':38}", *(f"{name:>10}" for name in DIGITS), flush=True)

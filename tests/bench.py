@@ -8,9 +8,10 @@ dense attention in the same run; then a model's training step. Prints tables and
     python tests/bench.py --decode --device cpu            a token's time in generation alone
 
 Times are medians in ms (on a GPU triton.testing.do_bench, after a warm-up), memory is the peak above what was
-allocated before, in MiB. A stage runs over all rows at once, the operator over a chunk of rows at a time, its
-parts in PyTorch compiled. On a GPU forward passes under 50 ms are replays of a CUDA graph, dense attention's
-too, and so free of Python's time; "operator, as called" is not.
+allocated before, in MiB. A stage runs over all rows at once, the operator over a chunk of rows at a time,
+with its MLP, CNN and mix compiled. On a GPU forward passes under 50 ms are replays of a CUDA graph, those of
+dense attention too, and so free of Python's time; "operator, as called" is not. In a training step nothing is
+compiled.
 q, k and v are synthetic: differences of a random walk over SMOOTH tokens, so that neighbours are as alike as
 in a trained model. That matters for the `union` in a table's head: cells in a row of FlatCSR over cells that
 one of its queries chose (1.7 to 1.8 at M = 8 in a trained model).
@@ -53,7 +54,7 @@ def parse_arguments():
     add("--layers", type=int, default=12, help=f"of the models; 0 leaves them out {default}")
     add("--model-lengths", type=int, nargs="+", help="T of the model (default: lengths up to 32768)")
     add("--decode", action="store_true", help="measure generation with a cache, and nothing else")
-    add("--compile", action=argparse.BooleanOptionalAction, help="SEA's parts in PyTorch (default: on a GPU)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="the MLP, CNN and mix (default: on a GPU)")
     add("--device", choices=("cuda", "cpu"), help="(default: a GPU if there is one)")
     add("--csv", default="bench.csv", help=default)
     args = parser.parse_args()
@@ -243,6 +244,7 @@ def bench_attention(args, precision, writer):
                 config = sea.SEAConfig(args.heads, args.head_dim, W, keys, M)
                 operator = sea.SEAttention(config).to(args.device)
                 if args.compile:
+                    torch.compiler.reset()                    # as if nothing else had been compiled before
                     compile_estimators(operator)
                 with torch.no_grad(), precision:
                     stages, mask = stage_rows(operator, q, k, v)
@@ -256,8 +258,6 @@ def bench_attention(args, precision, writer):
 def training_step(config, args, precision):
     torch.manual_seed(0)
     device, model = args.device, OPT(config).to(args.device)
-    if args.compile:
-        compile_estimators(model)
     optimizer = torch.optim.AdamW(model.parameters(), fused=device == "cuda")
     tokens = torch.randint(config.vocab_size, (1, config.context + 1), device=device)
 

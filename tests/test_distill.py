@@ -57,6 +57,23 @@ def test_a_student_whose_budget_covers_the_past_starts_at_its_teacher(teacher, t
     assert loss_of(student_of(teacher, "dense"), tokens) == loss_of(teacher, tokens)
 
 
+def test_what_is_compiled_gives_the_same_losses_at_every_length(teacher, tokens, monkeypatch):
+    """With the backend that runs what was traced: inductor needs a C compiler and a minute."""
+    eager = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: eager(f, backend="eager"))
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    monkeypatch.setattr("sea.ROWS", 16)
+    plain, compiled = student_of(teacher), student_of(teacher)
+    engine.compile_estimators(compiled)
+    for context in (20, 33, 48, 64):
+        batch = data.common.random_batch(tokens, context, 2, context, "cpu")
+        wanted, found = (distill.distillation_losses(model, teacher, *batch) for model in (plain, compiled))
+        for name in distill.WEIGHTS:
+            assert found[name].item() == pytest.approx(wanted[name].item(), rel=1e-4), (context, name)
+        sum(found.values()).backward()
+        loss_of(compiled, tokens[:300])
+
+
 def test_distillation_lowers_the_losses_and_halves_the_attention_kl(teacher, tokens, capsys):
     student = student_of(teacher)
     before, args = loss_of(student, tokens), SimpleNamespace(**SETTINGS)

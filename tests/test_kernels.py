@@ -261,6 +261,26 @@ def test_log_mass_of_wide_and_narrow_scores(share):
     check(lambda *x: kernels.log_mass(*x, *none), lambda *x: sea.log_mass(*x, *none), inputs, 1e-5)
 
 
+# ---- all together
+
+@pytest.mark.parametrize("M, cell_keys", [(8, True), (1, False)])
+def test_the_operator_is_that_of_pytorch(M, cell_keys, monkeypatch, T=75):
+    monkeypatch.setattr(sea, "ROWS", 32)                             # chunks, and not of M rows alone
+    torch.manual_seed(0)
+    layer = sea.SEAttention(sea.SEAConfig(2, 16, map_width=16, keys_per_query=6, query_block=M,
+                                          cell_keys=cell_keys)).to(DEVICE)
+    inputs, found = heads(1, 2, T, 16), []
+    for module in (sea, kernels):
+        monkeypatch.setattr(sea, "implementation", lambda device: module)
+        q, k, v = (x.detach().requires_grad_() for x in inputs)
+        layer.zero_grad()
+        out = layer(q, k, v, teacher=(inputs[0] + 0.3, inputs[1]))
+        (out.square().sum() + layer.kl).backward()
+        found.append([out, layer.kl, *(x.grad for x in (q, k, v, *layer.parameters()))])
+    for got, wanted in zip(*found):
+        assert error(got, wanted, least=0.1) < 1e-4                  # a bias below a LayerNorm has gradient 0
+
+
 # ---- mistakes
 
 def test_mistakes_are_value_errors():

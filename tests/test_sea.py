@@ -207,6 +207,14 @@ def test_sums_over_tokens(T, monkeypatch):
     assert torch.equal(sums[:, :, :1], start) and error(sums[:, :, 1:], start + x.cumsum(2)) < 1e-14
 
 
+def test_sums_keep_their_digits_under_autocast(T=600):
+    q, k, _ = qkv(1, 2, T, 16)
+    k_sum = sea.running_sum(k + 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = sea.cell_key_scores(q.bfloat16(), k_sum, 8, 16)
+    assert error(scores, sea.cell_key_scores(q, k_sum, 8, 16)) < 1e-2
+
+
 @pytest.mark.parametrize("T, M, share", [(1, 4, 4), (63, 1, 4), (100, 16, 1), (257, 16, 8)])
 @pytest.mark.parametrize("cell_keys", [True, False])
 def test_log_mass_is_the_softmax_over_keys_summed_in_cells(T, M, share, cell_keys, H=2, W=16):
