@@ -237,12 +237,12 @@ def scores(B, H, T, W, share, first_row, dtype=torch.float32):
     return score, 1 + 0.3 * normal(H, W, seed=6), 0.3 * normal(H, W, seed=7)
 
 
-@pytest.mark.parametrize("B, H, T, D, M, W, first_row, dtype, bound", [
-    (2, 2, 63, 64, 16, 12, 0, torch.float32, 1e-5), (1, 1, 40, 80, 1, 32, 21, torch.float32, 1e-5),
-    (1, 2, 100, 16, 32, 100, 37, torch.float32, 1e-5), (1, 1, 257, 64, 16, 80, 0, torch.float32, 1e-5),
-    (1, 1, 1, 8, 4, 4, 0, torch.float32, 1e-5), (1, 2, 60, 32, 16, 40, 0, torch.float16, 1e-2),
-    (1, 2, 60, 32, 16, 40, 0, torch.bfloat16, 1e-2 if DEVICE == "cuda" else 2e-2)])  # interpreted: truncated
-@pytest.mark.parametrize("cell_keys", [True, False])
+@pytest.mark.parametrize("B, H, T, D, M, W, first_row, dtype, bound, cell_keys", [
+    (2, 2, 63, 64, 16, 12, 0, torch.float32, 1e-5, True), (1, 1, 40, 80, 1, 32, 21, torch.float32, 1e-5, True),
+    (1, 2, 100, 16, 32, 100, 37, torch.float32, 1e-5, True), (1, 1, 1, 8, 4, 4, 0, torch.float32, 1e-5, True),
+    (1, 1, 257, 64, 16, 80, 0, torch.float32, 1e-5, True), (1, 2, 63, 8, 16, 36, 0, torch.float32, 1e-5, False),
+    (1, 2, 60, 32, 16, 40, 0, torch.float16, 1e-2, True),
+    (1, 2, 60, 32, 16, 40, 0, torch.bfloat16, 1e-2 if DEVICE == "cuda" else 2e-2, True)])   # or: truncated
 def test_log_mass(B, H, T, D, M, W, first_row, dtype, bound, cell_keys):
     q, k, _ = heads(B, H, T, D)
     q, k_sum = q[:, :, first_row:].to(dtype), sea.running_sum(k)
@@ -263,7 +263,7 @@ def test_log_mass_of_wide_and_narrow_scores(share):
 
 # ---- all together
 
-@pytest.mark.parametrize("M, cell_keys", [(8, True), (1, False)])
+@pytest.mark.parametrize("M, cell_keys", [(8, True), (4, False)])
 def test_the_operator_is_that_of_pytorch(M, cell_keys, monkeypatch, T=75):
     monkeypatch.setattr(sea, "ROWS", 32)                             # chunks, and not of M rows alone
     torch.manual_seed(0)
