@@ -237,13 +237,13 @@ def scores(B, H, T, W, share, first_row, dtype=torch.float32):
     return score, 1 + 0.3 * normal(H, W, seed=6), 0.3 * normal(H, W, seed=7)
 
 
-@pytest.mark.parametrize("B, H, T, D, M, W, first_row, dtype, bound, cell_keys", [
-    (2, 2, 63, 64, 16, 12, 0, torch.float32, 1e-5, True), (1, 1, 40, 80, 1, 32, 21, torch.float32, 1e-5, True),
-    (1, 2, 100, 16, 32, 100, 37, torch.float32, 1e-5, True), (1, 1, 1, 8, 4, 4, 0, torch.float32, 1e-5, True),
-    (1, 1, 257, 64, 16, 80, 0, torch.float32, 1e-5, True), (1, 2, 63, 8, 16, 36, 0, torch.float32, 1e-5, False),
-    (1, 2, 60, 32, 16, 40, 0, torch.float16, 1e-2, True),
-    (1, 2, 60, 32, 16, 40, 0, torch.bfloat16, 1e-2 if DEVICE == "cuda" else 2e-2, True)])   # or: truncated
-def test_log_mass(B, H, T, D, M, W, first_row, dtype, bound, cell_keys):
+@pytest.mark.parametrize("dtype, bound", [
+    (torch.float32, 1e-5), (torch.float16, 1e-2),
+    (torch.bfloat16, 1e-2 if DEVICE == "cuda" else 2e-2)])           # the interpreter does not round, it cuts
+@pytest.mark.parametrize("B, H, T, D, M, W, first_row, cell_keys", [
+    (2, 2, 63, 64, 16, 12, 0, True), (1, 1, 40, 80, 1, 32, 21, True), (1, 2, 100, 16, 32, 100, 37, True),
+    (1, 1, 257, 64, 16, 80, 0, True), (1, 2, 63, 8, 16, 36, 0, False), (1, 1, 1, 8, 4, 4, 0, True)])
+def test_log_mass(B, H, T, D, M, W, first_row, cell_keys, dtype, bound):
     q, k, _ = heads(B, H, T, D)
     q, k_sum = q[:, :, first_row:].to(dtype), sea.running_sum(k)
     inputs = [*scores(B, H, T, W, 4, first_row, dtype), *[1 + normal(H, seed=8)] * cell_keys]
