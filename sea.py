@@ -96,7 +96,9 @@ def wide(x):
 def cumulative_sum(x, start=0., chunk=64):
     """(B, H, T, D) -> the same: row t is start + the sum of rows 0 .. t. In chunks of rows, and then of their
     sums, since torch.cumsum along T alone keeps few of a GPU's threads busy: 2 ms where this takes 0.1."""
-    inside = block_rows(x, 0, min(chunk, x.shape[2])).cumsum(3, dtype=running_dtype(x))       # B H N L D
+    if x.shape[2] <= chunk:
+        return x.cumsum(2, dtype=running_dtype(x)) + start
+    inside = block_rows(x, 0, chunk).cumsum(3, dtype=running_dtype(x))                        # B H N L D
     before = F.pad(inside[:, :, :-1, -1], (0, 0, 1, 0)).cumsum(2) + start                     # B H N D
     return (inside + before[:, :, :, None]).flatten(2, 3)[:, :, :x.shape[2]]
 
@@ -422,9 +424,9 @@ class SEAttention(nn.Module):
         self.gates = nn.Linear(2 * D, 2)
         nn.init.zeros_(self.gates.weight)
         nn.init.constant_(self.gates.bias, 5.0)  # sigmoid(5) = 0.993: starts as attention alone
-        self.score_scale = nn.Parameter(torch.ones(H, config.map_width))
-        self.score_bias = nn.Parameter(torch.zeros(H, config.map_width))
-        self.key_weight = nn.Parameter(torch.ones(H)) if config.cell_keys else None
+        self.score_scale = nn.Parameter(torch.ones(config.map_width))       # these two end the CNN's LayerNorm
+        self.score_bias = nn.Parameter(torch.zeros(config.map_width))
+        self.score_weights = nn.Parameter(torch.ones(2, H, 1))              # of its score, of the cell keys'
         self.register_buffer("omega", orthogonal_features(D, config.num_features))
         self.kl = None
 
@@ -468,8 +470,11 @@ class SEAttention(nn.Module):
     def estimate(self, code, q, k_sum, first_row):
         """log Q (B, H, R, W), the estimated mass of each cell."""
         score = self.picture(code)[:, :, -q.shape[2]:]                             # B H R W/4
-        return implementation(q.device).log_mass(score, self.score_scale, self.score_bias, q, k_sum,
-                                                 self.key_weight, self.config.query_block, first_row)
+        weight, key_weight = self.score_weights                                    # H 1
+        scale, bias = weight * self.score_scale, weight * self.score_bias          # H W
+        key_weight = key_weight[:, 0] if self.config.cell_keys else None
+        return implementation(q.device).log_mass(score, scale, bias, q, k_sum, key_weight,
+                                                 self.config.query_block, first_row)
 
     def choose(self, log_mass, first_row):
         """The best cells, FlatCSR: the log of the mass has its order."""

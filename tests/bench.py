@@ -156,8 +156,8 @@ def stage_rows(operator, q, k, v):
     seen = attention()
     picture = lambda: operator.picture(operator.encoder(seen, v))
     score = picture()
-    log_mass = lambda: ops.log_mass(score, operator.score_scale, operator.score_bias, q, k_sum,
-                                    operator.key_weight, M)
+    scale, bias = operator.score_scale.expand(q.shape[1], W), operator.score_bias.expand(q.shape[1], W)
+    log_mass = lambda: ops.log_mass(score, scale, bias, q, k_sum, operator.score_weights[1, :, 0], M)
     mass = log_mass()
     select = lambda: ops.select(mass, M, keys)
     mask = select()
