@@ -115,7 +115,7 @@ def test_select_in_chunks():
 
 @pytest.mark.parametrize("kind", ["smooth", "equal"])
 def test_select_of_many_columns(kind):
-    mass = estimates(1, 32, 5, 512, kind)
+    mass = estimates(1, 32, 3, 512, kind)
     assert same(kernels.select(mass, 2, 64, 4001), sea.select(mass.cpu(), 2, 64, 4001))
 
 
@@ -237,13 +237,10 @@ def scores(B, H, T, W, share, first_row, dtype=torch.float32):
     return score, 1 + 0.3 * normal(H, W, seed=6), 0.3 * normal(H, W, seed=7)
 
 
-@pytest.mark.parametrize("dtype, bound", [
-    (torch.float32, 1e-5), (torch.float16, 1e-2),
-    (torch.bfloat16, 1e-2 if DEVICE == "cuda" else 2e-2)])           # the interpreter does not round, it cuts
 @pytest.mark.parametrize("B, H, T, D, M, W, first_row, cell_keys", [
     (2, 2, 63, 64, 16, 12, 0, True), (1, 1, 40, 80, 1, 32, 21, True), (1, 2, 100, 16, 32, 100, 37, True),
     (1, 1, 257, 64, 16, 80, 0, True), (1, 2, 63, 8, 16, 36, 0, False), (1, 1, 1, 8, 4, 4, 0, True)])
-def test_log_mass(B, H, T, D, M, W, first_row, cell_keys, dtype, bound):
+def test_log_mass(B, H, T, D, M, W, first_row, cell_keys, dtype=torch.float32, bound=1e-5):
     q, k, _ = heads(B, H, T, D)
     q, k_sum = q[:, :, first_row:].to(dtype), sea.running_sum(k)
     inputs = [*scores(B, H, T, W, 4, first_row, dtype), *[1 + normal(H, seed=8)] * cell_keys]
@@ -252,6 +249,12 @@ def test_log_mass(B, H, T, D, M, W, first_row, cell_keys, dtype, bound):
         keys = (k_sum,) if cell_keys else (None, None)
         return lambda *inputs: module.log_mass(*inputs[:3], q, *keys, *inputs[3:], M, first_row)
     check(of(kernels, q, k_sum), of(sea, q.double().cpu(), k_sum.double().cpu()), inputs, bound)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_log_mass_in_half_precision(dtype):
+    cut = DEVICE == "cpu" and dtype == torch.bfloat16                # the interpreter does not round, it cuts
+    test_log_mass(1, 2, 60, 32, 16, 40, 0, True, dtype, 2e-2 if cut else 1e-2)
 
 
 @pytest.mark.parametrize("share", [1, 16])
@@ -391,10 +394,10 @@ def registers_and_stack(cubin):
     return tuple(map(int, re.search(r"REG:(\d+) STACK:(\d+)", run.stdout).groups()))
 
 
-def compile_all():
+def compile_all(cards):
     """One JSON line for each kernel, model and card."""
     seen = set()
-    for card in (75, 80, 90):
+    for card in cards:
         half = torch.float16 if card == 75 else torch.bfloat16       # bfloat16 begins with sm_80
         for model, sizes in MODELS.items():
             if model == "largest tiles" and card != 80:              # float32 is the same code on all of them
@@ -413,9 +416,11 @@ def compile_all():
 
 def test_compiled_code():
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, cwd=ROOT)
-    assert run.returncode == 0, run.stderr[-3000:]
-    built = [json.loads(line) for line in run.stdout.splitlines()]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, text=True, cwd=ROOT)
+    runs = [subprocess.Popen([sys.executable, __file__, *cards], **pipes) for cards in (["75"], ["80", "90"])]
+    printed = [run.communicate() for run in runs]                    # two at a time: it is most of a minute
+    assert not any(run.returncode for run in runs), printed
+    built = [json.loads(line) for out, _ in printed for line in out.splitlines()]
     assert {x["kernel"] for x in built if x["card"] == 90} == DOTS | {"threshold_kernel", "flat_csr_kernel"}
     for x in built:
         assert x["shared"] <= 64 * 1024, x
@@ -424,4 +429,4 @@ def test_compiled_code():
 
 
 if __name__ == "__main__":
-    compile_all()
+    compile_all([int(card) for card in sys.argv[1:]] or (75, 80, 90))
