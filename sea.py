@@ -424,7 +424,7 @@ class SEAttention(nn.Module):
         self.gates = nn.Linear(2 * D, 2)
         nn.init.zeros_(self.gates.weight)
         nn.init.constant_(self.gates.bias, 5.0)  # sigmoid(5) = 0.993: starts as attention alone
-        self.score_scale = nn.Parameter(torch.ones(config.map_width))       # these two end the CNN's LayerNorm
+        self.score_scale = nn.Parameter(torch.ones(config.map_width))     # these two end the CNN's LayerNorm
         self.score_bias = nn.Parameter(torch.zeros(config.map_width))
         self.score_weights = nn.Parameter(torch.ones(2, H, 1))              # of its score, of the cell keys'
         self.register_buffer("omega", orthogonal_features(D, config.num_features))

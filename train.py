@@ -105,7 +105,8 @@ def add_running(group):
 def complete(args, presets):
     """Fill in the device, and its preset where flags were not given."""
     args.device = pick_device(args.device)
-    return argparse.Namespace(**{"compile": args.device == "cuda", **presets[args.device], **vars(args)})
+    compiles = sea.implementation(args.device) is not sea             # torch.compile needs Triton as well
+    return argparse.Namespace(**{"compile": compiles, **presets[args.device], **vars(args)})
 
 
 @torch.no_grad()
