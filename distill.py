@@ -24,8 +24,8 @@ from data.engine import (any_rank, check_fit, compile_estimators, ctrl_c, finger
                          join_ranks, leave, load_checkpoint, optimizer_step, parallel, peak_memory,
                          pick_precision, resume, save_checkpoint, settings_of, step_batches, training_script)
 from model import ATTENTIONS, OPT
-from train import (add_compile, add_preset, add_running, add_training, complete, evaluate, learning_rate,
-                   make_optimizer)
+from train import (add_compile, add_preset, add_running, add_training, clock, complete, evaluate,
+                   make_optimizer, set_rate)
 
 PRESETS = {"cuda": dict(steps=600, batch_size=8, warmup=60, save_interval=100),
            "cpu": dict(steps=150, batch_size=16, warmup=15, save_interval=25)}
@@ -201,17 +201,15 @@ def distill(student, teacher, tokens, args, precision, optimizer=None, done=0,
         return [total, *(losses[name] for name in WEIGHTS)]
 
     for step in range(done + 1, args.steps + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step - 1, group["peak"], args.warmup, args.steps)
+        set_rate(optimizer, step, args)
         batches = step_batches(tokens, student.config.context, args, step)
         with one_line(FloatingPointError, hint=f"this is step {step}: try a lower --lr or --new-lr"):
             means = optimizer_step(run, optimizer, batches, losses_of, args.clip, precision).tolist()
         losses = dict(zip(("total", *WEIGHTS), means))
         if step % args.log_interval == 0 or step == args.steps:
             seconds = (time.time() - mark) / (step - marked)
-            left = (args.steps - step) * seconds
             print(f"step {step}/{args.steps}", *(f" {name} {loss:.4f}" for name, loss in losses.items()),
-                  f" {1000 * seconds:.0f} ms  {int(left) // 60}:{int(left) % 60:02d} left", flush=True)
+                  f" {1000 * seconds:.0f} ms  {clock((args.steps - step) * seconds)} left", flush=True)
             mark, marked = time.time(), step
         stop = any_rank(pressed, args.device)
         if stop or step % args.save_interval == 0 or step == args.steps:

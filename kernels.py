@@ -39,6 +39,10 @@ def check(name, x, shape, dtypes, device):
         raise ValueError(f"{name} is {x.dtype}; it must be {' or '.join(map(str, dtypes))}")
     if x.ndim != len(shape) or any(size not in (-1, found) for size, found in zip(shape, x.shape)):
         raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be {tuple(shape)}; -1 is any size")
+    return with_dense_rows(x)
+
+
+def with_dense_rows(x):
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -88,6 +92,13 @@ def dot(x, y):
     if UPCAST:                             # the interpreter would multiply bfloat16's bits as integers
         x, y = x.to(tl.float32), y.to(tl.float32)
     return tl.dot(x, y, input_precision="ieee")
+
+
+@triton.jit
+def raise_maximum(top, score):
+    """Online softmax, base 2: the maximum with these scores, their p, what earlier sums must shrink by."""
+    new_top = tl.maximum(top, tl.max(score, 1))
+    return new_top, tl.exp2(score - new_top[:, None]), tl.exp2(top - new_top)
 
 
 @triton.jit
@@ -282,7 +293,7 @@ class LogMass(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g):
         score, scale, q, k_sum, key_weight, out = ctx.saved_tensors
-        g, dscore = g if g.stride(-1) == 1 else g.contiguous(), torch.empty_like(score)
+        g, dscore = with_dense_rows(g), torch.empty_like(score)
         dscale, dbias = torch.zeros(2, *scale.shape, device=g.device)
         dkey_weight = None if key_weight is None else torch.zeros_like(key_weight)
         log_mass_backward_kernel[ctx.grid](
@@ -466,10 +477,9 @@ def attend_kernel(q, k, v, out, lse, crow, cells, queries, T, R, N, room, H,
         k_tile, v_tile = load(k, b, h, key, bits != 0, D), load(v, b, h, key, bits != 0, D)
         allowed = (bits[None, :] >> m[:, None] & 1) != 0
         score = tl.where(allowed, dot(q_tile, tl.trans(k_tile)) * LOG2E, -float("inf"))
-        new_top = tl.maximum(top, tl.max(score, 1))
-        p, shrink = tl.exp2(score - new_top[:, None]), tl.exp2(top - new_top)
+        top, p, shrink = raise_maximum(top, score)
         sums = sums * shrink[:, None] + dot(p.to(v_tile.dtype), v_tile)
-        total, top = total * shrink + tl.sum(p, 1), new_top
+        total = total * shrink + tl.sum(p, 1)
     address, mask = tile(out, b, h, row, real, tl.arange(0, padded(D)), D)
     tl.store(address, sums / total[:, None], mask=mask)
     tl.store(lse + tl.program_id(1).to(tl.int64) * R + row, top + tl.log2(total), mask=real)
@@ -528,10 +538,9 @@ class Attend(torch.autograd.Function):
     def backward(ctx, dout):
         q, k, v, out, lse, *mask = ctx.saved_tensors
         dq, (dk, dv) = torch.empty_like(q), torch.zeros(2, *k.shape, device=q.device)
-        dout = dout if dout.stride(-1) == 1 else dout.contiguous()
         attend_backward_kernel[ctx.grid](
-            *map(strided, (q, k, v, out)), lse, *map(strided, (dout, dq, dk, dv)), *mask, **ctx.sizes,
-            num_warps=warps(q, ctx.sizes["M"]),
+            *map(strided, (q, k, v, out)), lse, *map(strided, (with_dense_rows(dout), dq, dk, dv)), *mask,
+            **ctx.sizes, num_warps=warps(q, ctx.sizes["M"]),
             SLOTS=64 // q.element_size(), num_stages=4 // q.element_size())      # float32 takes more room
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None, None, None
 
@@ -593,13 +602,10 @@ def pool_kernel(q, k, blocks, out, T, N, rows, H, D: tl.constexpr, M: tl.constex
         high = (last.to(tl.int64) * tl.minimum(c + CELLS, W) // W).to(tl.int32)
         for start in range(low, high, KEYS):
             key = start + j
-            score = past_scores(q_tile, k, b, h, key, a, D)
-            new_top = tl.maximum(top, tl.max(score, 1))
-            p, shrink = tl.exp2(score - new_top[:, None]), tl.exp2(top - new_top)
+            top, p, shrink = raise_maximum(top, past_scores(q_tile, k, b, h, key, a, D))
             inside = (key[:, None] >= begin[None, :]) & (key[:, None] < end[None, :])
-            sums *= shrink[:, None]
+            total, sums = total * shrink, sums * shrink[:, None]
             sums += dot(p.to(q_tile.dtype), tl.where(inside, 1.0, 0.0).to(q_tile.dtype))
-            total, top = total * shrink, new_top
         mine = mask & (cell < W)[None, :]
         total += tl.sum(tl.where(mine, sums, 0), 1)
         tl.store(address + c, tl.log2(sums) + top[:, None], mask=mine)

@@ -95,7 +95,7 @@ def wide(x):
 
 def cumulative_sum(x, start=0., chunk=64):
     """(B, H, T, D) -> the same: row t is start + the sum of rows 0 .. t. In chunks of rows, and then of their
-    sums, since torch.cumsum along T alone keeps few of a GPU's threads busy: 2 ms where this takes 0.1."""
+    sums, since torch.cumsum along T alone keeps few of a GPU's threads busy."""
     if x.shape[2] <= chunk:
         return x.cumsum(2, dtype=running_dtype(x)) + start
     inside = block_rows(x, 0, chunk).cumsum(3, dtype=running_dtype(x))                        # B H N L D
@@ -104,8 +104,8 @@ def cumulative_sum(x, start=0., chunk=64):
 
 
 def running_sum(x, start=0.):
-    """(B, H, T, D) -> (B, H, T + 1, D): row t is start + the sum of rows 0 .. t-1. By and by: it is
-    large, and a second one of its size would not fit beside it."""
+    """(B, H, T, D) -> (B, H, T + 1, D): row t is start + the sum of rows 0 .. t-1. It is large: no second
+    tensor of its size is made on the way."""
     sums = x.new_empty(*x.shape[:2], x.shape[2] + 1, x.shape[3], dtype=running_dtype(x))
     sums[:, :, :1] = start
     for i in range(0, x.shape[2], ROWS):
@@ -273,7 +273,8 @@ class Cache:
     """What new rows of a layer need to know of the T tokens before them: nothing at first.
 
     With room for all tokens to come it is the state of decoding; without, it serves the rows of one forward.
-    Whoever feeds a layer counts T on after each forward, as OPT.forward does.
+    Whoever feeds a layer counts T on after each forward, as OPT.forward does. The sums and codes that it
+    keeps are copies: a view of the last row would keep all the others in memory.
     """
 
     def __init__(self, room=0):
@@ -426,7 +427,7 @@ class SEAttention(nn.Module):
         nn.init.constant_(self.gates.bias, 5.0)  # sigmoid(5) = 0.993: starts as attention alone
         self.score_scale = nn.Parameter(torch.ones(config.map_width))     # these two end the CNN's LayerNorm
         self.score_bias = nn.Parameter(torch.zeros(config.map_width))
-        self.score_weights = nn.Parameter(torch.ones(2, H, 1))              # of its score, of the cell keys'
+        self.score_weights = nn.Parameter(torch.ones(2, H))               # of its score, of the cell keys'
         self.register_buffer("omega", orthogonal_features(D, config.num_features))
         self.kl = None
 
@@ -464,17 +465,17 @@ class SEAttention(nn.Module):
         code = self.encoder(seen, v)                                               # B H R 2D
         if cache.code is not None:
             code = torch.cat([cache.code, code], 2)                                # B H <=HALO+R 2D
-        cache.code = code[:, :, -HALO:].clone()        # not a view, which would keep all of it; so below
+        cache.code = code[:, :, -HALO:].clone()
         return code
 
     def estimate(self, code, q, k_sum, first_row):
         """log Q (B, H, R, W), the estimated mass of each cell."""
         score = self.picture(code)[:, :, -q.shape[2]:]                             # B H R W/4
-        weight, key_weight = self.score_weights                                    # H 1
-        scale, bias = weight * self.score_scale, weight * self.score_bias          # H W
-        key_weight = key_weight[:, 0] if self.config.cell_keys else None
-        return implementation(q.device).log_mass(score, scale, bias, q, k_sum, key_weight,
-                                                 self.config.query_block, first_row)
+        weight, key_weight = self.score_weights                                    # H
+        scale, bias = (weight[:, None] * x for x in (self.score_scale, self.score_bias))      # H W
+        return implementation(q.device).log_mass(
+            score, scale, bias, q, k_sum, key_weight if self.config.cell_keys else None,
+            self.config.query_block, first_row)
 
     def choose(self, log_mass, first_row):
         """The best cells, FlatCSR: the log of the mass has its order."""

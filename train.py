@@ -134,6 +134,16 @@ def learning_rate(step, peak, warmup, steps):
     return peak * (0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
+def set_rate(optimizer, step, args):
+    """The rate of step 1, 2 .. args.steps, for each group from its own peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step - 1, group["peak"], args.warmup, args.steps)
+
+
+def clock(seconds):
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
 def make_optimizer(model, lr, weight_decay, new=1.):
     """AdamW. Matrices decay; biases, norms and the weights of scores do not. What the attention adds to OPT
     learns at `new` times lr."""
@@ -192,9 +202,9 @@ def open_log(path, done):
 def report(log, args, step, losses, val_loss, seconds, rate):
     """One line for people and one for log.csv; `seconds` are those of a step, without validation."""
     speed = args.batch_size * args.accumulate * RANKS * args.context / seconds
-    left, memory = (args.steps - step) * seconds, peak_memory(args.device)
+    memory = peak_memory(args.device)
     print(f"step {step}/{args.steps}  loss {losses[0]:.4f}  kl {losses[1]:.4f}  {1000 * seconds:.0f} ms  "
-          f"{speed:,.0f} tokens/s  {memory:.2f} GiB  {int(left) // 60}:{int(left) % 60:02d} left"
+          f"{speed:,.0f} tokens/s  {memory:.2f} GiB  {clock((args.steps - step) * seconds)} left"
           + (f"  val_loss {val_loss:.4f}" if val_loss else ""), flush=True)
     log.writerow([step, *losses, val_loss, rate, 1000 * seconds, speed, memory])
 
@@ -222,8 +232,7 @@ def main():
     log, pressed, begin = open_log(args.out / "log.csv", done), ctrl_c(), time.time()
     mark, marked = begin, done
     for step in range(done + 1, args.steps + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step - 1, group["peak"], args.warmup, args.steps)
+        set_rate(optimizer, step, args)
         batches = step_batches(tokens, args.context, args, step)
         validate, val_loss = step % args.eval_interval == 0 or step == args.steps, None
         with one_line(FloatingPointError, hint=f"this is step {step}: try a lower --lr or a longer --warmup"):

@@ -157,7 +157,7 @@ def stage_rows(operator, q, k, v):
     picture = lambda: operator.picture(operator.encoder(seen, v))
     score = picture()
     scale, bias = operator.score_scale.expand(q.shape[1], W), operator.score_bias.expand(q.shape[1], W)
-    log_mass = lambda: ops.log_mass(score, scale, bias, q, k_sum, operator.score_weights[1, :, 0], M)
+    log_mass = lambda: ops.log_mass(score, scale, bias, q, k_sum, operator.score_weights[1], M)
     mass = log_mass()
     select = lambda: ops.select(mass, M, keys)
     mask = select()
