@@ -46,11 +46,13 @@ def with_dense_rows(x):
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def check_sizes(D, M, W, H=1):
+def check_sizes(D, M, W, H=1, F=64):
     if D % 8 or not 8 <= D <= 128:
         raise ValueError(f"the width of a head is {D}; the kernels take multiples of 8 up to 128")
     if not 1 <= M <= 32 or W < 1:
         raise ValueError(f"query_block is {M} and map_width {W}; they must be from 1 to 32 and 1 or more")
+    if F > 256:
+        raise ValueError(f"num_features is {F}; the kernels take up to 256")
     if H * W > MAX_COLUMNS:
         raise ValueError(f"{H} heads x {W} cells are {H * W} columns; the kernels take up to {MAX_COLUMNS}")
 
@@ -113,7 +115,8 @@ def queries_of(first_row, R, M: tl.constexpr):
 # ------------------------------------------------------------------------------------------------------------
 # Kernel attention
 #
-#   for each chunk n of ROWS rows:  state_n = phi(k)^T [values, 1]                          F E+1
+#   values are one tensor or two, E wide, ALL wide side by side; a program has COLUMNS of one of them
+#   for each chunk n of ROWS rows:  state_n = phi(k)^T [values, 1]                          F ALL+1
 #   state_n becomes the sum of those before it, by torch.cumsum over the few chunks
 #   for each chunk:
 #       weight = phi(q) phi(k)^T, causal                                                ROWS ROWS
@@ -129,36 +132,49 @@ def features(x, omega, b, h, row, real, D: tl.constexpr, F: tl.constexpr):
     return tl.where(real[:, None] & (f < F)[None, :], phi, 0).to(omega_tile.dtype)
 
 
+@triton.jit
+def values_tile(left, right, b, h, row, R, E: tl.constexpr, COLUMNS: tl.constexpr):
+    """Of the program's columns: which are real, their index in both tensors side by side, their values."""
+    per_tensor = tl.cdiv(E, COLUMNS)
+    e = tl.program_id(2) % per_tensor * COLUMNS + tl.arange(0, COLUMNS)
+    if tl.program_id(2) < per_tensor:
+        address, mask = tile(left, b, h, row, row < R, e, E)
+        values = tl.load(address, mask=mask, other=0)
+    else:
+        address, mask = tile(right, b, h, row, row < R, e, E)
+        values = tl.load(address, mask=mask, other=0)
+    return e < E, tl.program_id(2) // per_tensor * E + e, values
+
+
 @triton.jit(do_not_specialize=["R", "H"])
-def state_kernel(k, values, omega, state, norm, R, H, D: tl.constexpr, E: tl.constexpr, F: tl.constexpr,
-                 ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def state_kernel(k, left, right, omega, state, norm, R, H, D: tl.constexpr, E: tl.constexpr, F: tl.constexpr,
+                 ALL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     n, b, h = tl.program_id(0), tl.program_id(1) // H, tl.program_id(1) % H
     row, f = n * ROWS + tl.arange(0, ROWS), tl.arange(0, padded(F))
-    e = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    real, e, values = values_tile(left, right, b, h, row, R, E, COLUMNS)
     phi = features(k, omega, b, h, row, row < R, D, F)
-    address, mask = tile(values, b, h, row, row < R, e, E)
     at = (tl.program_id(1).to(tl.int64) * (tl.num_programs(0) + 1) + n + 1) * F + f
-    sums = dot(tl.trans(phi), tl.load(address, mask=mask, other=0))
-    tl.store(state + at[:, None] * E + e[None, :], sums, mask=(f < F)[:, None] & (e < E)[None, :])
+    sums = dot(tl.trans(phi), values)
+    tl.store(state + at[:, None] * ALL + e[None, :], sums, mask=(f < F)[:, None] & real[None, :])
     tl.store(norm + at, tl.sum(phi.to(tl.float32), 0), mask=f < F)
 
 
 @triton.jit(do_not_specialize=["R", "H"])
-def kernel_attention_kernel(q, k, values, omega, state, norm, out, R, H, D: tl.constexpr, E: tl.constexpr,
-                            F: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def kernel_attention_kernel(q, k, left, right, omega, state, norm, out, R, H, D: tl.constexpr,
+                            E: tl.constexpr, F: tl.constexpr, ALL: tl.constexpr, ROWS: tl.constexpr,
+                            COLUMNS: tl.constexpr):
     n, b, h = tl.program_id(0), tl.program_id(1) // H, tl.program_id(1) % H
-    i, e, f = tl.arange(0, ROWS), tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, padded(F))
+    i, f = tl.arange(0, ROWS), tl.arange(0, padded(F))
     row = n * ROWS + i
+    real, e, values = values_tile(left, right, b, h, row, R, E, COLUMNS)
     phi_q, phi_k = features(q, omega, b, h, row, row < R, D, F), features(k, omega, b, h, row, row < R, D, F)
     at = (tl.program_id(1).to(tl.int64) * (tl.num_programs(0) + 1) + n) * F + f
-    before = tl.load(state + at[:, None] * E + e[None, :], mask=(f < F)[:, None] & (e < E)[None, :], other=0)
+    before = tl.load(state + at[:, None] * ALL + e[None, :], mask=(f < F)[:, None] & real[None, :], other=0)
     total = tl.sum(phi_q.to(tl.float32) * tl.load(norm + at, mask=f < F, other=0)[None, :], 1)
     weight = tl.where(i[:, None] >= i[None, :], dot(phi_q, tl.trans(phi_k)), 0)
-    address, mask = tile(values, b, h, row, row < R, e, E)
-    sums = dot(weight.to(phi_q.dtype), tl.load(address, mask=mask, other=0))
-    sums += dot(phi_q, before.to(phi_q.dtype))
-    address, mask = tile(out, b, h, row, row < R, e, E)
-    tl.store(address, sums / (total + tl.sum(weight, 1))[:, None], mask=mask)
+    sums = dot(weight.to(phi_q.dtype), values) + dot(phi_q, before.to(phi_q.dtype))
+    address, mask = tile(out, b, h, row, row < R, e, ALL)
+    tl.store(address, sums / (total + tl.sum(weight, 1))[:, None], mask=mask & real[None, :])
 
 
 @torch.no_grad()
@@ -166,25 +182,28 @@ def kernel_attention_kernel(q, k, values, omega, state, norm, out, R, H, D: tl.c
 def kernel_attention(q, k, values, omega, context=0., norm=0.):
     """Causal linear attention with phi(x) = relu(x omega) + eps in place of exp.
 
-    q, k (B, H, R, D), values (B, H, R, E), omega (D, F), the sums over earlier rows, (B, H, 1, F, E) and
-    (B, H, 1, 1, F) -> (B, H, R, E), and the sums so far. It has no gradient: the estimate reads q, k, v as
-    they are, and omega is fixed.
+    q, k (B, H, R, D), values one or two tensors (B, H, R, E), ALL wide side by side, omega (D, F), the sums
+    over earlier rows, (B, H, 1, F, ALL) and (B, H, 1, 1, F) -> (B, H, R, ALL), and the sums so far. It has
+    no gradient: the estimate reads q, k, v as they are, and omega is fixed.
     """
     q = wide(check("q", q, (-1, -1, -1, -1), FLOATS, q.device))
-    (B, H, R, D), (E, F) = q.shape, (values.shape[-1], omega.shape[-1])
+    (B, H, R, D), (E, F) = q.shape, (values[0].shape[-1], omega.shape[-1])
     k = wide(check("k", k, q.shape, FLOATS, q.device))
-    values = check("values", values, (B, H, R, -1), FLOATS, q.device).to(q.dtype)
+    sides = [check("values", x, (B, H, R, E), FLOATS, q.device).to(q.dtype) for x in values]
     omega = check("omega", omega, (D, -1), FLOATS, q.device).to(q.dtype).contiguous()
-    check_sizes(D, 1, 1)
-    rows, columns = 128 // q.element_size(), min(64, padded(E))
-    sizes = dict(R=R, H=H, D=D, E=E, F=F, ROWS=rows, COLUMNS=columns, num_warps=4, num_stages=1)
-    grid = triton.cdiv(R, rows), B * H, triton.cdiv(E, columns)
-    state = torch.empty(B, H, grid[0] + 1, F, E, device=q.device)
-    norms, out = state.new_empty(B, H, grid[0] + 1, 1, F), values.new_empty(values.shape)
+    check_sizes(D, 1, 1, F=F)
+    rows = 128 if q.element_size() == 2 and max(D, F) <= 64 else 128 // q.element_size()
+    columns, ALL = min(64, padded(E)), len(sides) * E
+    sizes = dict(R=R, H=H, D=D, E=E, F=F, ALL=ALL, ROWS=rows, COLUMNS=columns, num_warps=4, num_stages=1)
+    grid = triton.cdiv(R, rows), B * H, triton.cdiv(E, columns) * len(sides)
+    state = torch.empty(B, H, grid[0] + 1, F, ALL, device=q.device)
+    norms, out = state.new_empty(B, H, grid[0] + 1, 1, F), q.new_empty(B, H, R, ALL)
     state[:, :, :1], norms[:, :, :1] = context, norm
-    state_kernel[grid](strided(k), strided(values), omega, state, norms, **sizes)
+    left, right = strided(sides[0]), strided(sides[-1])
+    state_kernel[grid](strided(k), left, right, omega, state, norms, **sizes)
     state.cumsum_(2), norms.cumsum_(2)
-    kernel_attention_kernel[grid](*map(strided, (q, k, values)), omega, state, norms, strided(out), **sizes)
+    kernel_attention_kernel[grid](
+        *map(strided, (q, k)), left, right, omega, state, norms, strided(out), **sizes)
     return out, state[:, :, -1:].clone(), norms[:, :, -1:].clone()      # not views, which would keep it all
 
 
@@ -399,7 +418,8 @@ def flat_csr_kernel(mass, level, limit, first, crow, cells, queries, first_row, 
 
 @functools.lru_cache(maxsize=256)
 def layout(first_block, N, H, M, W, keys_per_query, device):
-    """flat_csr_layout on the device, kept: sizes alone decide it, so nothing waits for the GPU."""
+    """flat_csr_layout on the device, kept: sizes alone decide it, so nothing waits for the GPU. A recorded
+    CUDA graph reads its entry again; it stays, as training asks for few sizes."""
     anchor = anchors(first_block * M, N * M, M)
     budget, first, room = flat_csr_layout(anchor, H, M, W, keys_per_query)
     return budget.to(device, non_blocking=True), first.to(device, non_blocking=True), room

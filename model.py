@@ -70,7 +70,7 @@ class PerformerAttention(nn.Module):
 
     def forward(self, q, k, v, teacher=None, cache=None):
         cache, R = cache or Cache(), q.shape[2]
-        out, *cache.sums = kernel_attention(q, k[:, :, -R:], v[:, :, -R:], self.omega, *cache.sums)
+        out, *cache.sums = kernel_attention(q, k[:, :, -R:], [v[:, :, -R:]], self.omega, *cache.sums)
         return out.to(v.dtype)
 
 

@@ -25,7 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-ROWS = 4096        # rows of the map that are made at a time: what bounds the memory at inference
+ROWS = 8192        # rows of the map that are made at a time: what bounds the memory at inference
 HALO = 8           # rows that the two causal convolutions look back
 
 
@@ -37,7 +37,7 @@ class SEAConfig:
     keys_per_query: int = 64     # mean number of selected past keys per query and head (the paper's k)
     query_block: int = 16        # M, neighbouring queries that share cell bounds; 1 is the paper
     num_features: int = 64       # F, width of phi in the kernel attention
-    cell_keys: bool = True       # add q . mean(keys of the cell) to each score; False is the paper
+    cell_keys: bool = True       # q . mean(keys of the cell) in place of the paper's CNN; False is the paper
 
     def __post_init__(self):
         if self.map_width < 4 or self.map_width % 4:
@@ -103,9 +103,9 @@ def cumulative_sum(x, start=0., chunk=64):
     return (inside + before[:, :, :, None]).flatten(2, 3)[:, :, :x.shape[2]]
 
 
-def running_sum(x, start=0.):
+def running_sum(x, start=0., cumulative_sum=cumulative_sum):
     """(B, H, T, D) -> (B, H, T + 1, D): row t is start + the sum of rows 0 .. t-1. It is large: no second
-    tensor of its size is made on the way."""
+    tensor of its size is made on the way. cumulative_sum: the one above, or as it was compiled."""
     sums = x.new_empty(*x.shape[:2], x.shape[2] + 1, x.shape[3], dtype=running_dtype(x))
     sums[:, :, :1] = start
     for i in range(0, x.shape[2], ROWS):
@@ -167,6 +167,8 @@ def select(mass, query_block, keys_per_query, first_row=0):
 
 def join(masks):
     """One FlatCSR from those of consecutive rows."""
+    if len(masks) == 1:
+        return masks[0]
     starts = [sum(m.cells.shape[1] for m in masks[:i]) for i in range(len(masks))]
     crow = torch.cat([m.crow + start for m, start in zip(masks, starts)], 1)
     cells, queries = torch.cat([m.cells for m in masks], 1), torch.cat([m.queries for m in masks], 1)
@@ -281,7 +283,7 @@ class Cache:
         self.T, self.room, self.rows = 0, room, {}
         self.sums = 0., 0.               # (B, H, 1, F, 2D) of phi(k) x values, (B, H, 1, 1, F) of phi(k)
         self.k_sum = self.v_sum = 0.     # (B, H, 1, D) of k and of v
-        self.code = None                 # (B, H, up to HALO, 2D) the last codes
+        self.codes = []                  # of the paper's CNN: one tensor, the last HALO codes
 
     def extend(self, name, x):
         """Keep x (B, H, R, E) as rows T, T+1 .. of `name` -> all its rows so far; none of them is copied."""
@@ -296,7 +298,7 @@ class Cache:
 
 def sinusoids(first_row, R, D, device):
     """Fixed position code of rows from first_row on, which knows no maximal length: (R, D) float32."""
-    rate = 10000 ** (-torch.arange(0, D, 2, device=device) / D)
+    rate = torch.logspace(0, 8 / D - 4, D // 2, device=device)                  # 10000^(-2i / D)
     angle = torch.arange(first_row, first_row + R, device=device)[:, None] * rate             # R D/2
     return torch.cat([angle.sin(), angle.cos()], -1)                                          # R D
 
@@ -310,11 +312,12 @@ def orthogonal_features(D, num_features):
 def kernel_attention(q, k, values, omega, context=0., norm=0., chunk=64):
     """Causal linear attention: phi(x) = relu(x omega) + eps in place of exp (Performer's generalised kernel).
 
-    q, k (B, H, R, D), values (B, H, R, E), the sums over earlier rows -> (B, H, R, E), and the sums so far.
-    Within a chunk of L rows a masked product; what came before the chunk is a running sum.
+    q, k (B, H, R, D), values, tensors (B, H, R, .) side by side, E wide together, the sums over earlier rows
+    -> (B, H, R, E), and the sums so far. Within a chunk of L rows a masked product; what came before the
+    chunk is a running sum.
     """
     R, chunk = q.shape[2], min(chunk, q.shape[2])
-    q, k, values, omega = (wide(x) for x in (q, k, values, omega))
+    q, k, values, omega = (wide(x) for x in (q, k, torch.cat(values, -1), omega))
     phi_q, phi_k = (block_rows(F.relu(x @ omega) + 1e-3, 0, chunk) for x in (q, k))           # B H N L F
     values = block_rows(values, 0, chunk)                                                     # B H N L E
     sums = lambda x, start: F.pad(x.cumsum(2, dtype=running_dtype(x)), (0, 0, 0, 0, 1, 0)) + start
@@ -377,7 +380,7 @@ class Encoder(nn.Module):
 
 
 class Picture(nn.Module):
-    """The causal CNN: codes (B, H, R, 2D) of consecutive rows -> scores (B, H, R, W/4), 4 cells each."""
+    """The paper's causal CNN: codes (B, H, R, 2D) of consecutive rows -> scores (B, H, R, W/4)."""
     CHANNELS = 2       # for each head
 
     def __init__(self, config):
@@ -415,18 +418,20 @@ class SEAttention(nn.Module):
     whose attention the estimate should match; then `self.kl` holds the distance, nats per query.
     In decoding q holds the last R rows of T, and `cache` what the layer knows of those before.
     """
+    cumulative_sum = staticmethod(cumulative_sum)        # here, so that it can be compiled with the layer
 
     def __init__(self, config):
         super().__init__()
-        H, D = config.n_head, config.head_dim
+        H, D, W = config.n_head, config.head_dim, config.map_width
         self.config = config
         self.encoder = Encoder(D)
-        self.picture = Picture(config)
+        self.picture = Picture(config) if not config.cell_keys else nn.Sequential(
+            nn.Linear(2 * D, W // 4), LayerNorm(W // 4, elementwise_affine=False))
         self.gates = nn.Linear(2 * D, 2)
         nn.init.zeros_(self.gates.weight)
         nn.init.constant_(self.gates.bias, 5.0)  # sigmoid(5) = 0.993: starts as attention alone
-        self.score_scale = nn.Parameter(torch.ones(config.map_width))     # these two end the CNN's LayerNorm
-        self.score_bias = nn.Parameter(torch.zeros(config.map_width))
+        self.score_scale = nn.Parameter(torch.ones(W))                    # these two end picture's LayerNorm
+        self.score_bias = nn.Parameter(torch.zeros(W))
         self.score_weights = nn.Parameter(torch.ones(2, H))               # of its score, of the cell keys'
         self.register_buffer("omega", orthogonal_features(D, config.num_features))
         self.kl = None
@@ -440,36 +445,45 @@ class SEAttention(nn.Module):
 
     def estimate_and_select(self, q, k, v, teacher, cache):
         """Make the map ROWS rows at a time and keep the selection: FlatCSR, gates (B, H, R, 2), KL."""
-        config, R, T = self.config, q.shape[2], k.shape[2]
-        M, k_sum, masks, gates, kl = config.query_block, None, [], [], []
-        if config.cell_keys:
-            k_sum = cache.extend("k_sum", running_sum(k[:, :, -R:], cache.k_sum))             # B H T+1 D
-            cache.k_sum = k_sum[:, :, -1:].clone()
+        (R, D), T, M, found = q.shape[2:], k.shape[2], self.config.query_block, []
+        k, v = k[:, :, T - R:], v[:, :, T - R:]                                    # B H R D
+        k_sum = self.sum_keys(k, cache)                                            # B H T+1 D
+        position = sinusoids(T - R, R, D, v.device).to(v.dtype)                    # R D
         step = ROWS // M * M                                                       # no block is cut in two
         for start in range((T - R) // M * M, T, step):
-            first, end = max(start, T - R), min(start + step, T)
-            q_rows, k_rows, v_rows = (x[:, :, first - T:][:, :, :end - first] for x in (q, k, v))
-            code = self.encode(q_rows, k_rows, v_rows, first, cache)               # B H <=HALO+R 2D
-            log_mass = self.estimate(code, q_rows, k_sum, first)                   # B H R W
-            masks.append(self.choose(log_mass.detach(), first))
-            gates.append(self.gates(code[:, :, first - end:]).sigmoid())           # B H R 2
-            if teacher is not None:
-                kl.append(self.distance(log_mass, teacher, first))                 # B H R
-        return join(masks), torch.cat(gates, 2), torch.cat(kl, 2).mean() if kl else None
+            first = max(start, T - R)
+            rows = slice(first - (T - R), start + step - (T - R))
+            qkv = (x[:, :, rows] for x in (q, k, v))
+            found.append(self.select_rows(*qkv, position[rows], k_sum, first, teacher, cache))
+        masks, gates, kl = zip(*found)
+        return join(masks), torch.cat(gates, 2), None if teacher is None else torch.cat(kl, 2).mean()
 
-    def encode(self, q, k, v, first_row, cache):
+    def select_rows(self, q, k, v, position, k_sum, first_row, teacher, cache):
+        """Up to ROWS rows of the map: what is selected, gates (B, H, R, 2), the KL of each row (B, H, R)."""
+        code = self.encode(q, k, v, position, cache)                               # B H R 2D
+        log_mass = self.estimate(code, q, k_sum, first_row, cache)                 # B H R W
+        kl = None if teacher is None else self.distance(log_mass, teacher, first_row)
+        return self.choose(log_mass.detach(), first_row), self.gates(code).sigmoid(), kl
+
+    def sum_keys(self, k, cache):
+        """running_sum of all keys, k (B, H, R, D) the last of them; None without cell keys."""
+        if not self.config.cell_keys:
+            return None
+        k_sum = cache.extend("k_sum", running_sum(k, cache.k_sum, self.cumulative_sum))       # B H T+1 D
+        cache.k_sum = k_sum[:, :, -1:].clone()
+        return k_sum
+
+    def encode(self, q, k, v, position, cache):
         """A code for each row, from what it attends to by kernel attention, in time linear in T."""
-        position = sinusoids(first_row, *v.shape[2:], v.device).to(v.dtype)        # R D
-        values = torch.cat([position.expand_as(v), v], -1)                         # B H R 2D
+        values = position.expand_as(v), v                                          # B H R D each
         seen, *cache.sums = implementation(q.device).kernel_attention(q, k, values, self.omega, *cache.sums)
-        code = self.encoder(seen, v)                                               # B H R 2D
-        if cache.code is not None:
-            code = torch.cat([cache.code, code], 2)                                # B H <=HALO+R 2D
-        cache.code = code[:, :, -HALO:].clone()
-        return code
+        return self.encoder(seen, v)                                               # B H R 2D
 
-    def estimate(self, code, q, k_sum, first_row):
+    def estimate(self, code, q, k_sum, first_row, cache):
         """log Q (B, H, R, W), the estimated mass of each cell."""
+        if not self.config.cell_keys:                                              # the CNN looks back
+            code = torch.cat([*cache.codes, code], 2)                              # B H <=HALO+R 2D
+            cache.codes = [code[:, :, -HALO:].clone()]
         score = self.picture(code)[:, :, -q.shape[2]:]                             # B H R W/4
         weight, key_weight = self.score_weights                                    # H
         scale, bias = (weight[:, None] * x for x in (self.score_scale, self.score_bias))      # H W
@@ -509,7 +523,8 @@ class SEAttention(nn.Module):
         estimated), the selected mask, and the attention probabilities under it."""
         (B, H, T, _), M, W = q.shape, self.config.query_block, self.config.map_width
         rows = torch.arange(T, device=q.device)
-        log_mass = self.estimate(self.encode(q, k, v, 0, Cache()), q, running_sum(k), 0)      # B H T W
+        code = self.encode(q, k, v, sinusoids(0, *v.shape[2:], v.device).to(v.dtype), Cache())
+        log_mass = self.estimate(code, q, self.sum_keys(k, Cache()), 0, Cache())              # B H T W
         past, cell = cell_of_key(rows, T, M, W)                                               # T T
         of_each_key = log_mass.exp() / cell_bounds(rows // M * M, W).diff().clamp(min=1)      # B H T W
         estimate = of_each_key.gather(-1, cell.expand(B, H, T, T)) * past

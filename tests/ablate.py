@@ -32,7 +32,7 @@ from data.engine import check_fit, pick_precision  # noqa: E402
 from distill import (SETTINGS, WEIGHTS, distill, keys_and_mass, load_teacher, open_data,  # noqa: E402
                      with_attention)
 from sea import (Cache, Picture, SEAttention, anchors, attention_kl, cell_bounds,  # noqa: E402
-                 flat_csr_to_dense, implementation)
+                 flat_csr_to_dense, implementation, sinusoids)
 from train import add_compile, complete, evaluate  # noqa: E402
 
 DIGITS = dict(ppl_before=3, ppl=3, keys=1, mass=3, kl=4, seconds=0, steps=0)   # columns that are shown
@@ -62,7 +62,8 @@ class TrueMass(SEAttention):
     """Cells chosen by the mass itself, from the student's own q and k: what a perfect estimate would give."""
 
     def estimate_and_select(self, q, k, v, teacher, cache):
-        code = self.encode(q, k, v, 0, cache)                                                 # B H T 2D
+        position = sinusoids(0, *v.shape[2:], v.device).to(v.dtype)                           # T D
+        code = self.encode(q, k, v, position, cache)                                          # B H T 2D
         mass = implementation(q.device).pool(q, k, self.config.query_block, self.config.map_width)
         return self.choose(mass, 0), self.gates(code).sigmoid(), torch.zeros((), device=q.device)
 
@@ -74,20 +75,20 @@ class TrueMass(SEAttention):
 class QuarterKL(SEAttention):
     def distance(self, log_mass, teacher, first_row):
         """attention_kl of the rows of a random quarter of the blocks: unbiased, and less to pool."""
+        (q, k), device = (x.detach() for x in teacher), log_mass.device
         M, W, R = self.config.query_block, self.config.map_width, log_mass.shape[2]
-        blocks = anchors(first_row, R, M) // M
-        blocks = blocks[torch.randperm(len(blocks))[:max(1, len(blocks) // 4)].sort().values]
-        rows = (blocks[:, None] * M + torch.arange(M)).flatten() - first_row
-        real = (rows < R).nonzero().flatten().to(log_mass.device)                             # r
-        (q, k), rows = (x.detach() for x in teacher), rows.to(log_mass.device)
-        target = implementation(log_mass.device).pool(q, k, M, W, blocks.to(log_mass.device))
-        return attention_kl(log_mass[:, :, rows[real]], target[:, :, real])
+        blocks = anchors(first_row, R, M, device) // M
+        blocks = blocks[torch.randperm(len(blocks), device=device)[:max(1, len(blocks) // 4)].sort().values]
+        rows = (blocks[:, None] * M + torch.arange(M, device=device)).flatten() - first_row   # r
+        target = implementation(device).pool(q, k, M, W, blocks)           # zeros where there is no such row
+        return attention_kl(log_mass[:, :, rows.clamp(max=R - 1)], target)
 
 
-class NoCNN(Picture):
-    def forward(self, code):
-        channels = self.linear(code).unflatten(-1, (self.CHANNELS, -1))                       # B H R 2 W/4
-        return self.norm_out(channels.sum(-2))                                                # B H R W/4
+class CellKeysAlone(SEAttention):
+    def estimate(self, code, *rest):
+        """Without the score that kernel attention and MLP make: of it a bias for each cell is left, alike for
+        all queries. The gates still come from them."""
+        return super().estimate(torch.zeros_like(code), *rest)
 
 
 def become(kind):
@@ -95,8 +96,14 @@ def become(kind):
     return lambda attention: setattr(attention, "__class__", kind)
 
 
+def with_cnn(attention):
+    """Within contexts of sea.ROWS: across them `estimate` keeps no codes for a CNN beside cell keys."""
+    attention.picture = Picture(attention.config).to(attention.omega.device)
+
+
 def without_cnn(attention):
-    attention.picture.__class__ = NoCNN
+    linear = SEAttention(replace(attention.config, cell_keys=True)).picture
+    attention.picture = linear.to(attention.omega.device)
 
 
 def open_gates_halfway(attention):
@@ -130,7 +137,9 @@ VARIANTS = {
     "own block only": Variant(change=become(OwnBlock)),
     "gates at 1/2": Variant(change=open_gates_halfway),
     "KL on a quarter": Variant(change=become(QuarterKL)),
-    "no CNN": Variant(change=without_cnn),
+    "cell keys and the CNN": Variant(change=with_cnn),
+    "no cell keys, no CNN": Variant(settings=dict(cell_keys=False), change=without_cnn),
+    "cell keys alone": Variant(change=become(CellKeysAlone)),
     "true mass": Variant(change=become(TrueMass)),
     "a quarter of W": Variant(width=1 / 4),
     "half of W": Variant(width=1 / 2),

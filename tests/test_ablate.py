@@ -14,9 +14,9 @@ from sea import SEAConfig, SEAttention
 T, M, W, H = 100, 8, 16, 3
 
 
-def attention(change=lambda attention: None):
+def attention(change=lambda attention: None, **more):
     torch.manual_seed(0)
-    layer = SEAttention(SEAConfig(H, 16, map_width=W, keys_per_query=8, query_block=M))
+    layer = SEAttention(SEAConfig(H, 16, map_width=W, keys_per_query=8, query_block=M, **more))
     change(layer)
     return layer
 
@@ -53,14 +53,15 @@ def test_own_block_only_attends_to_nothing_else():
 def test_cells_chosen_by_the_true_mass_keep_the_most():
     q, k, v = qkv()
     best = mass_on(mask_of(attention(ablate.become(ablate.TrueMass)), q, k, v), q, k)
-    for change in (lambda attention: None, ablate.become(ablate.BudgetPerHead), ablate.without_cnn):
+    for change in (lambda attention: None, ablate.become(ablate.BudgetPerHead), ablate.with_cnn):
         assert mass_on(mask_of(attention(change), q, k, v), q, k) < best
 
 
 def test_a_quarter_of_the_kl_is_that_of_some_blocks():
     q, k, v = qkv()
     layer, quarter = attention(), attention(ablate.become(ablate.QuarterKL))
-    log_mass = layer.estimate(layer.encode(q, k, v, 0, sea.Cache()), q, sea.running_sum(k), 0)
+    code = layer.encode(q, k, v, sea.sinusoids(0, T, 16, q.device), sea.Cache())
+    log_mass = layer.estimate(code, q, sea.running_sum(k), 0, sea.Cache())
     whole, some = layer.distance(log_mass, (q, k), 0), quarter.distance(log_mass, (q, k), 0)
     assert some.shape[2] <= -(-T // M) // 4 * M
     assert (whole[:, :, :, None] - some[:, :, None]).abs().amin(2).max() < 1e-6
@@ -68,8 +69,9 @@ def test_a_quarter_of_the_kl_is_that_of_some_blocks():
 
 def test_without_the_cnn_a_row_of_the_map_depends_on_its_code_alone():
     code = torch.randn(1, H, 20, 32)
-    for change, far in ((lambda attention: None, True), (ablate.without_cnn, False)):
-        picture = attention(change).picture
+    whole = attention(cell_keys=False), attention(ablate.without_cnn, cell_keys=False)
+    for layer, far in zip((attention(ablate.with_cnn), attention(), *whole), (True, False, True, False)):
+        picture = layer.picture
         changed = picture(torch.cat([torch.randn(1, H, 10, 32), code[:, :, 10:]], 2))
         assert torch.equal(picture(code)[:, :, 18:], changed[:, :, 18:])        # 8 rows back at most
         assert torch.equal(picture(code)[:, :, 10:], changed[:, :, 10:]) != far
