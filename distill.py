@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 
 from data.common import Parser, fail, load, number, one_line
-from data.engine import (any_rank, check_fit, compile_estimators, ctrl_c, fingerprint, first_rank_first,
-                         join_ranks, leave, load_checkpoint, optimizer_step, parallel, peak_memory,
-                         pick_precision, resume, save_checkpoint, settings_of, step_batches, training_script)
+from data.engine import (Backward, any_rank, can_record, check_fit, compile_estimators, ctrl_c, fingerprint,
+                         first_rank_first, join_ranks, leave, load_checkpoint, optimizer_step, parallel,
+                         peak_memory, pick_precision, resume, save_checkpoint, settings_of, step_batches,
+                         training_script)
 from model import ATTENTIONS, OPT
 from train import (add_compile, add_preset, add_running, add_training, clock, complete, evaluate,
                    make_optimizer, set_rate)
@@ -47,7 +48,7 @@ def parse_arguments():
                        ("query-block", "M, neighbouring queries that share cell bounds")):
         group.add_argument(f"--{name}", type=number(int, 1), default=argparse.SUPPRESS, help=what)
     group.add_argument("--cell-keys", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
-                       help="add q . mean(keys of the cell) to each score; the paper does not")
+                       help="q . mean(keys of the cell) in each score, in place of the paper's CNN")
     group = parser.add_argument_group("weights of the losses")
     for name, (weight, what) in WEIGHTS.items():
         group.add_argument(f"--weight-{name}", type=number(float, 0), default=weight, help=what)
@@ -168,9 +169,10 @@ def with_attention(teacher, attention, settings):
     same = attention == teacher.config.attention
     weights = {name: x for name, x in teacher.state_dict().items() if same or ".attention." not in name}
     try:
-        student.load_state_dict(weights, strict=False)
+        student.load_state_dict(weights, strict=same)
     except RuntimeError:                                         # of a SEA teacher
-        fail(f"the teacher learnt its map with {teacher.config.map_width} cells a row; leave --map-width out")
+        fail(f"the teacher learnt its map with {teacher.config.map_width} cells a row and with cell_keys "
+             f"{teacher.config.cell_keys}; leave --map-width and --cell-keys out")
     return student.to(next(teacher.parameters()).device)
 
 
@@ -199,12 +201,13 @@ def distill(student, teacher, tokens, args, precision, optimizer=None, done=0,
         losses = distillation_losses(student, teacher, *batch, run)
         total = sum(getattr(args, f"weight_{name}") * losses[name] for name in WEIGHTS)
         return [total, *(losses[name] for name in WEIGHTS)]
+    backward = Backward(losses_of, precision, 1 / args.accumulate, record=can_record(args))
 
     for step in range(done + 1, args.steps + 1):
         set_rate(optimizer, step, args)
         batches = step_batches(tokens, student.config.context, args, step)
         with one_line(FloatingPointError, hint=f"this is step {step}: try a lower --lr or --new-lr"):
-            means = optimizer_step(run, optimizer, batches, losses_of, args.clip, precision).tolist()
+            means = optimizer_step(run, optimizer, batches, backward, args.clip).tolist()
         losses = dict(zip(("total", *WEIGHTS), means))
         if step % args.log_interval == 0 or step == args.steps:
             seconds = (time.time() - mark) / (step - marked)

@@ -24,9 +24,9 @@ import torch
 
 import sea
 from data.common import FOLDER, Parser, fail, load, number, one_line, windows, write_whole
-from data.engine import (RANK, RANKS, any_rank, check_fit, ctrl_c, first_rank_first, join_ranks, leave,
-                         optimizer_step, parallel, peak_memory, pick_device, pick_precision, resume,
-                         save_checkpoint, settings_of, step_batches, training_script)
+from data.engine import (RANK, RANKS, Backward, any_rank, can_record, check_fit, ctrl_c, first_rank_first,
+                         join_ranks, leave, optimizer_step, parallel, peak_memory, pick_device,
+                         pick_precision, resume, save_checkpoint, settings_of, step_batches, training_script)
 from model import ATTENTIONS, OPT, OPTConfig
 
 PRESETS = {
@@ -60,7 +60,7 @@ def parse_arguments():
     add("query_block", "M, neighbouring queries that share cell bounds")
     group.add_argument("--num-features", type=number(int, 1), default=64, help="F, width of phi")
     group.add_argument("--cell-keys", action=argparse.BooleanOptionalAction, default=True,
-                       help="add q . mean(keys of the cell) to each score; the paper does not")
+                       help="q . mean(keys of the cell) in each score, in place of the paper's CNN")
     group.add_argument("--kl-weight", type=number(float, 0), default=0.1, help="of the attention KL")
     group = parser.add_argument_group("training")
     group.add_argument("--data", default="stdlib", help="folder in data/")
@@ -92,7 +92,8 @@ def add_training(group, weight_decay):
 
 def add_compile(group):
     group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
-                       help="torch.compile: a start of half a minute, then faster (default: on a GPU)")
+                       help="torch.compile and, on one GPU, a CUDA graph of the step: half a minute at the "
+                            "start, then faster (default: on a GPU)")
 
 
 def add_running(group):
@@ -177,16 +178,14 @@ def make_model(args, vocab_size):
     return OPT(config).to(args.device)
 
 
-def train_step(model, optimizer, batches, kl_weight, clip, precision):
-    """One step -> the text's loss and the attention KL, (2,)."""
-    plain = getattr(model, "module", model)                      # without DistributedDataParallel
-    plain = getattr(plain, "_orig_mod", plain)                   # without torch.compile
-
+def training_losses(run, model, kl_weight):
+    """What a step makes of a batch: the loss, of which the text's is one part and the attention KL another.
+    run: the model, as torch.compile and DistributedDataParallel wrap it."""
     def losses_of(idx, targets):
-        _, loss = model(idx, targets)
-        kl = plain.attention_kl()
+        _, loss = run(idx, targets)
+        kl = model.attention_kl()
         return loss + kl_weight * kl, loss, kl
-    return optimizer_step(model, optimizer, batches, losses_of, clip, precision)[1:]
+    return losses_of
 
 
 def open_log(path, done):
@@ -222,6 +221,8 @@ def main():
         done = resume(path, model, optimizer, settings)["step"]
     run = parallel(torch.compile(model) if args.compile else model)
     precision, why = pick_precision(args.device)
+    backward = Backward(training_losses(run, model, args.kl_weight), precision, 1 / args.accumulate,
+                        record=can_record(args))
     print(f"preset {args.device}:", *(f"{name} {getattr(args, name)}" for name in PRESETS[args.device]))
     by = f" by {sea.implementation(args.device).__name__}.py" if args.attention == "sea" else ""
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {args.attention} attention"
@@ -236,7 +237,7 @@ def main():
         batches = step_batches(tokens, args.context, args, step)
         validate, val_loss = step % args.eval_interval == 0 or step == args.steps, None
         with one_line(FloatingPointError, hint=f"this is step {step}: try a lower --lr or a longer --warmup"):
-            losses = train_step(run, optimizer, batches, args.kl_weight, args.clip, precision).tolist()
+            _, *losses = optimizer_step(run, optimizer, batches, backward, args.clip).tolist()
             seconds = (time.time() - mark) / (step - marked)
             if validate:
                 val_loss = evaluate(model, val, args.batch_size, args.eval_windows, precision)

@@ -58,7 +58,8 @@ def check_fit(config, batch_size, device):
     ops, C, tokens = sea.implementation(device), config.n_embd, batch_size * config.context
     if config.attention == "sea" and ops is not sea:
         with one_line(ValueError):
-            ops.check_sizes(C // config.n_head, config.query_block, config.map_width, config.n_head)
+            ops.check_sizes(C // config.n_head, config.query_block, config.map_width, config.n_head,
+                            config.num_features)
     weights = 12 * config.n_layer * C * C + (config.vocab_size + config.context) * C
     cells = config.n_head * (config.map_width + config.num_features) * (config.attention == "sea")
     needed = 16 * weights + 4 * tokens * (6 * config.n_layer * C + config.vocab_size + cells)
@@ -89,31 +90,77 @@ def step_batches(tokens, context, args, step):
     return [random_batch(tokens, context, args.batch_size, seed, args.device) for seed in seeds]
 
 
-def optimizer_step(model, optimizer, batches, losses_of, clip, precision):
-    """One step on the first of losses_of(*batch), the mean over batches and ranks -> the means of all."""
+class Backward:
+    """Forward and backward of a micro-batch: (*batch) -> the values of losses_of(*batch), a vector that the
+    next call may overwrite. The first of them, times `share`, adds to the gradients.
+
+    record: batches have one shape, and after a few calls the rest are replays of a CUDA graph. SEA is many
+    small kernels, which Python launches more slowly than a GPU runs them.
+    """
+    WARM_UP = 3                      # calls in which torch.compile, Triton and cuBLAS settle
+
+    def __init__(self, losses_of, precision, share=1., record=False):
+        self.losses_of, self.precision, self.share, self.calls = losses_of, precision, share, 0
+        self.stream = torch.cuda.Stream() if record else None
+
+    def __call__(self, *batch):
+        self.calls += 1
+        if self.stream is None:
+            return self.run(*batch)
+        if self.calls <= self.WARM_UP:
+            return self.run_aside(*batch)
+        if self.calls == self.WARM_UP + 1:
+            self.inputs, self.graph = [*map(torch.clone, batch)], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.losses = self.run(*self.inputs)
+        for x, new in zip(self.inputs, batch):
+            x.copy_(new)
+        self.graph.replay()
+        return self.losses
+
+    def run(self, *batch):
+        with self.precision:
+            losses = self.losses_of(*batch)
+        (self.share * losses[0]).backward()
+        return torch.stack([loss.detach() for loss in losses])
+
+    def run_aside(self, *batch):
+        """On the stream that is recorded later: autograd adds to gradients on the stream they first met."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            losses = self.run(*batch)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return losses
+
+
+def can_record(args):
+    """On one GPU: DistributedDataParallel has its own streams. --no-compile is for debugging: not then."""
+    return args.compile and args.device == "cuda" and RANKS == 1
+
+
+def optimizer_step(model, optimizer, batches, backward, clip):
+    """One step: `backward`, a Backward, of each micro-batch -> their losses' means, over ranks as well."""
     means = 0.
     for i, batch in enumerate(batches):
         alone = RANKS > 1 and i + 1 < len(batches)               # the last backward meets the other ranks
         with model.no_sync() if alone else nullcontext():
-            with precision:
-                losses = losses_of(*batch)
-            (losses[0] / len(batches)).backward()
-        means += torch.stack([loss.detach().to(losses[0].device) for loss in losses]) / len(batches)
+            means += backward(*batch) / len(batches)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
     means = mean_of_ranks(means)
     if not (norm + means.sum()).isfinite():                      # waits for the GPU
         raise FloatingPointError(f"the loss is {means[0]:.4g}, its gradient's norm {norm:.4g}")
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=False)                       # a recorded backward adds to these tensors
     return means
 
 
 def compile_estimators(model):
-    """torch.compile the MLP, the CNN and the mix of SEA layers, in place; nothing that distill.py's hooks
-    read, and nothing whose code depends on T."""
+    """torch.compile the MLP, the scores, the sums and the mix of SEA layers, in place; nothing that
+    distill.py's hooks read, and nothing whose code depends on T."""
     for attention in (module for module in model.modules() if isinstance(module, sea.SEAttention)):
         attention.encoder.compile()
         attention.picture.compile()
+        attention.cumulative_sum = torch.compile(attention.cumulative_sum)
         attention.mix_rows = torch.compile(attention.mix_rows)
 
 

@@ -9,9 +9,10 @@ dense attention in the same run; then a model's training step. Prints tables and
 
 Times are medians in ms (on a GPU triton.testing.do_bench, after a warm-up), memory is the peak above what was
 allocated before, in MiB. A stage runs over all rows at once, the operator over a chunk of rows at a time,
-with its MLP, CNN and mix compiled. On a GPU forward passes under 50 ms are replays of a CUDA graph, those of
-dense attention too, and so free of Python's time; "operator, as called" is not. In a training step nothing is
-compiled.
+with its MLP, scores, sums and mix compiled. On a GPU forward passes under 50 ms are replays of a CUDA graph,
+those of dense attention too, and so free of Python's time; "operator, as called" and forward + backward are
+not. A training step is replayed as train.py's is; compiled as distill.py's. Its memory is what comes on top
+of weights, gradients and AdamW's means, without a CUDA graph.
 q, k and v are synthetic: differences of a random walk over SMOOTH tokens, so that neighbours are as alike as
 in a trained model. That matters for the `union` in a table's head: cells in a row of FlatCSR over cells that
 one of its queries chose (1.7 to 1.8 at M = 8 in a trained model).
@@ -22,6 +23,7 @@ import statistics
 import sys
 import time
 from contextlib import nullcontext
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,9 +34,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import sea  # noqa: E402
-from data.engine import compile_estimators  # noqa: E402
+from data.engine import Backward, compile_estimators, optimizer_step  # noqa: E402
 from model import ATTENTIONS, OPT, OPTConfig  # noqa: E402
-from train import PRESETS  # noqa: E402
+from train import PRESETS, make_optimizer, training_losses  # noqa: E402
 
 SMOOTH = 64
 SETTINGS = "map_width", "keys_per_query", "query_block"
@@ -54,7 +56,7 @@ def parse_arguments():
     add("--layers", type=int, default=12, help=f"of the models; 0 leaves them out {default}")
     add("--model-lengths", type=int, nargs="+", help="T of the model (default: lengths up to 32768)")
     add("--decode", action="store_true", help="measure generation with a cache, and nothing else")
-    add("--compile", action=argparse.BooleanOptionalAction, help="the MLP, CNN and mix (default: on a GPU)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="MLP, sums, mix (default: on a GPU)")
     add("--device", choices=("cuda", "cpu"), help="(default: a GPU if there is one)")
     add("--csv", default="bench.csv", help=default)
     args = parser.parse_args()
@@ -150,9 +152,8 @@ def stage_rows(operator, q, k, v):
     """The operator's stages apart, each over all rows at once. -> rows, FlatCSR"""
     config, ops, T = operator.config, sea.implementation(q.device), q.shape[2]
     M, W, keys = config.query_block, config.map_width, config.keys_per_query
-    position = sea.sinusoids(0, T, q.shape[3], q.device).to(v.dtype).expand_as(v)
-    values, k_sum = torch.cat([position, v], -1), sea.running_sum(k)                    # B H T 2D; B H T+1 D
-    attention = lambda: ops.kernel_attention(q, k, values, operator.omega)[0]
+    position, k_sum = sea.sinusoids(0, T, q.shape[3], q.device).to(v.dtype), sea.running_sum(k)
+    attention = lambda: ops.kernel_attention(q, k, (position.expand_as(v), v), operator.omega)[0]
     seen = attention()
     picture = lambda: operator.picture(operator.encoder(seen, v))
     score = picture()
@@ -162,9 +163,9 @@ def stage_rows(operator, q, k, v):
     select = lambda: ops.select(mass, M, keys)
     mask = select()
     sparse, gates = ops.attend(q, k, v, mask), torch.rand(*q.shape[:3], 2, device=q.device, dtype=q.dtype)
-    return {"running sum of k": (lambda: sea.running_sum(k), None),
+    return {"running sum of k": (lambda: operator.sum_keys(k, sea.Cache()), None),
             "kernel attention": (attention, None),
-            "MLP + CNN": (picture, None),
+            "MLP, scores": (picture, None),
             "cell keys, log mass": (log_mass, None),
             "select": (select, None),
             "attend": (lambda: ops.attend(q, k, v, mask), (q, k, v)),
@@ -255,20 +256,29 @@ def bench_attention(args, precision, writer):
                 del rows, stages, mask, operator
 
 
-def training_step(config, args, precision):
+def training_steps(config, args, precision):
+    """train.py's step, as called and recorded as a CUDA graph (on a GPU), with distill.py's torch.compile."""
     torch.manual_seed(0)
-    device, model = args.device, OPT(config).to(args.device)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=device == "cuda")
-    tokens = torch.randint(config.vocab_size, (1, config.context + 1), device=device)
+    torch.compiler.reset()
+    model = OPT(config).to(args.device)
+    if args.compile:
+        compile_estimators(model)
+    optimizer, losses_of = make_optimizer(model, 1e-3, 0.1), training_losses(model, model, 0.1)
+    tokens = torch.randint(config.vocab_size, (1, config.context + 1), device=args.device)
+    for record in (args.device == "cuda", False):            # what a stream of its own needs comes first
+        backward = Backward(losses_of, precision, record=record)
+        yield partial(optimizer_step, model, optimizer, [(tokens[:, :-1], tokens[:, 1:])], backward, 1.0)
 
-    def step():
-        with precision:
-            loss = model(tokens[:, :-1], tokens[:, 1:])[1] + 0.1 * model.attention_kl()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
-    return step
+def measure_step(config, args, precision):
+    """Time of a recorded step, memory of one as called: a graph keeps its own."""
+    recorded, as_called = training_steps(config, args, precision)
+    try:
+        for _ in range(Backward.WARM_UP + 1):
+            recorded()
+        return median_ms(recorded, args.device, graph=False), extra_mib(as_called, args.device)
+    except torch.OutOfMemoryError:
+        return "memory", None
 
 
 def bench_model(args, precision, writer):
@@ -282,7 +292,7 @@ def bench_model(args, precision, writer):
         for keys, W in args.points:
             kinds[f"sea, {keys} keys, W {W}"] = dict(keys_per_query=keys, map_width=W, query_block=16)
         for name, more in kinds.items():
-            ms, mib = measure(training_step(OPTConfig(**shape, **more), args, precision), args.device)
+            ms, mib = measure_step(OPTConfig(**shape, **more), args, precision)
             numbers = f"{ms:>10}" if isinstance(ms, str) else f"{ms:>10.1f}{T / ms * 1000:>12.0f}"
             print(f"    {T:>8}   {name:24}{numbers}" + ("" if mib is None else f"{mib:>9.0f}"), flush=True)
             writer.writerow({"what": f"step, {name}", "T": T, "M": more.get("query_block"), "pass": "step",
@@ -336,7 +346,7 @@ def main():
     print(torch.cuda.get_device_name() if cuda else "CPU", *versions, sep=", ")
     print(f"B 1, H {args.heads}, D {args.head_dim}, {'bfloat16' if cuda else 'float32'}; synthetic q, k, v: "
           f"differences of a random walk over {SMOOTH} tokens")
-    with open(args.csv, "w", newline="") as file:
+    with open(args.csv, "w", newline="", buffering=1) as file:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
         if not args.decode:

@@ -127,6 +127,7 @@ def test_every_flag_with_every_wrong_value(name, run, folder, monkeypatch):
     ("distill", "--batch-size 1000000000", "GiB"), ("distill", "--map-width 30", "multiple of 4"),
     ("distill", "--split test", "no test split"),
     ("distill", "--eval-only --teacher sea.pt --map-width 16", "leave"),
+    ("distill", "--eval-only --teacher sea.pt --no-cell-keys", "leave"),
     ("sample", "--checkpoint nothing.pt", "no checkpoint"), ("sample", "--checkpoint data", "no checkpoint"),
     ("sample", "--checkpoint " + "x" * 300, "no checkpoint"),
     ("sample", "--attention a.html --checkpoint dense.pt", "dense"),

@@ -337,14 +337,15 @@ for line in {lines!r}:
 
 
 def test_two_processes_are_one_with_twice_the_accumulation(folder, monkeypatch, capsys):
+    whole = " --keys-per-query 32"                 # all of the past: rounding must not change a selection
     lines = [f"{TRAIN} --out train", f"{TRAIN} --out train --resume", f"{DISTILL} --out distill"]
-    lines = [f"{line} --accumulate 2" for line in lines]
+    lines = [f"{line} --accumulate 2{whole}" for line in lines]
     Path("driver.py").write_text(DRIVER.format(root=str(ROOT), lines=lines))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     two = subprocess.Popen([*torchrun, "driver.py"], text=True, env=ENVIRONMENT, stdout=subprocess.PIPE,
                            stderr=subprocess.STDOUT)
     for line in (TRAIN, DISTILL):
-        assert run(f"{line} --out one-{line.split()[0]} --accumulate 4", monkeypatch, capsys)[0] == 0
+        assert run(f"{line} --out one-{line.split()[0]} --accumulate 4{whole}", monkeypatch, capsys)[0] == 0
     printed, _ = two.communicate(timeout=120)
     print(printed)
     assert two.returncode == 0 and "status 130" in printed and printed.count("final:") == 2

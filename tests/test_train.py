@@ -17,6 +17,7 @@ from model import ATTENTIONS, OPT, OPTConfig
 
 SMALL = dict(vocab_size=256, context=128, n_layer=2, n_head=2, n_embd=64, map_width=32, keys_per_query=8,
              query_block=4)
+KINDS = {**{kind: dict(attention=kind) for kind in ATTENTIONS}, "the paper's sea": dict(cell_keys=False)}
 
 
 def small_model(seed=0, **more):
@@ -41,16 +42,23 @@ def learn(model, tokens, steps, kl_weight=0.1, batch_size=16, lr=3e-3):
         for group in optimizer.param_groups:
             group["lr"] = train.learning_rate(step, lr, 10, steps)
         batch = data.common.random_batch(tokens, model.config.context, batch_size, step, "cpu")
-        losses.append(train.train_step(model, optimizer, [batch], kl_weight, 1.0, nullcontext()))
+        losses.append(step_of(model, optimizer, [batch], kl_weight))
     return torch.stack(losses)
+
+
+def step_of(model, optimizer, batches, kl_weight=0.1, clip=1.0):
+    """The text's loss and the attention KL of a step."""
+    losses_of = train.training_losses(model, model, kl_weight)
+    backward = engine.Backward(losses_of, nullcontext(), 1 / len(batches))
+    return engine.optimizer_step(model, optimizer, batches, backward, clip)[1:]
 
 
 # ---- the model
 
-@pytest.mark.parametrize("kind", ATTENTIONS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("M", [1, 16])
 def test_no_logit_depends_on_a_later_token(kind, M, T=70):
-    model, idx = small_model(attention=kind, query_block=M).eval(), torch.randint(256, (1, T))
+    model, idx = small_model(**KINDS[kind], query_block=M).eval(), torch.randint(256, (1, T))
     logits = model(idx)[0]
     for t in (1, 16, 37, T - 1):
         other = torch.cat([idx[:, :t], (idx[:, t:] + 1) % 256], 1)
@@ -59,10 +67,10 @@ def test_no_logit_depends_on_a_later_token(kind, M, T=70):
         assert not torch.equal(logits[:, t:], changed[:, t:])
 
 
-@pytest.mark.parametrize("kind", ATTENTIONS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("T", [1, 63])
 def test_loss_and_generation_for_any_length(kind, T):
-    model, idx = small_model(attention=kind), torch.randint(256, (2, T))
+    model, idx = small_model(**KINDS[kind]), torch.randint(256, (2, T))
     logits, loss = model(idx, torch.randint(256, (2, T)))
     assert logits.shape == (2, T, 256) and abs(loss.item() - math.log(256)) < 0.5
     (loss + model.attention_kl()).backward()
@@ -84,7 +92,7 @@ def test_one_batch_can_be_learnt_by_heart(text):
     batch = data.common.random_batch(text, 64, 4, 0, "cpu")
     optimizer = train.make_optimizer(model, 3e-3, 0.)
     for _ in range(150):
-        loss, _ = train.train_step(model, optimizer, [batch], 0.1, 1.0, nullcontext()).tolist()
+        loss, _ = step_of(model, optimizer, [batch]).tolist()
     assert loss < 0.1
 
 
@@ -92,14 +100,14 @@ def test_one_batch_can_be_learnt_by_heart(text):
 
 def test_sea_from_scratch_learns_its_attention_and_needs_the_estimate(text):
     cut = len(text) * 9 // 10
-    learned, frozen = small_model(), small_model()
+    learned, frozen = (small_model(cell_keys=False) for _ in range(2))        # cell keys need no learning
     for name, p in frozen.named_parameters():
         p.requires_grad_(".attention." not in name or "gates" in name)
     losses = learn(learned, text[:cut], 150, lr=1e-3)
     learn(frozen, text[:cut], 150, lr=1e-3)
     loss, loss_frozen = (train.evaluate(m, text[cut:], 16, 100, nullcontext()) for m in (learned, frozen))
     print(f"val_loss {loss:.4f}, with the estimator frozen {loss_frozen:.4f}", losses[::20, 1])
-    assert losses[-10:, 1].mean() < 0.5 * losses[:3, 1].mean()
+    assert losses[-10:, 1].mean() < 0.6 * losses[:3, 1].mean()
     assert loss < loss_frozen
 
 
@@ -197,9 +205,26 @@ def test_accumulated_batches_are_one_batch():
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         before = [p.clone() for p in model.parameters()]
         batches = [(part[:, :-1], part[:, 1:]) for part in idx.chunk(parts)]
-        train.train_step(model, optimizer, batches, 0.1, 1e9, nullcontext())
+        step_of(model, optimizer, batches, clip=1e9)
         gradients.append(torch.cat([(p - q).flatten() for p, q in zip(before, model.parameters())]))
     assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[0].norm()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_recorded_step_is_a_step(kind, text):
+    found = []
+    for record in (False, True):
+        model = small_model(**KINDS[kind]).cuda()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        before = [p.detach().clone() for p in model.parameters()]    # nothing of autograd on this stream
+        backward = engine.Backward(train.training_losses(model, model, 0.1), nullcontext(), 1 / 2, record)
+        for step in range(2 * engine.Backward.WARM_UP + 2):
+            batches = [data.common.random_batch(text, 128, 4, 2 * step + i, "cuda") for i in range(2)]
+            losses = engine.optimizer_step(model, optimizer, batches, backward, 1.0)
+        found.append((losses, torch.cat([(p - q).flatten() for p, q in zip(before, model.parameters())])))
+    for plain, recorded in zip(*found):
+        assert (recorded - plain).norm() < 0.03 * plain.norm()
 
 
 def test_help_explains_every_flag(monkeypatch, capsys):
