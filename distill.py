@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 
 from data.common import Parser, fail, load, number, one_line
-from data.engine import (Backward, any_rank, can_record, check_fit, compile_estimators, ctrl_c, fingerprint,
-                         first_rank_first, join_ranks, leave, load_checkpoint, optimizer_step, parallel,
-                         peak_memory, pick_precision, resume, save_checkpoint, settings_of, step_batches,
-                         training_script)
+from data.engine import (any_rank, backward_of, check_fit, compile_estimators, ctrl_c, fingerprint,
+                         first_rank_first, join_ranks, leave, load_checkpoint, make_folder, optimizer_step,
+                         parallel, peak_memory, pick_precision, resume, save_checkpoint, settings_of,
+                         step_batches, training_script)
 from model import ATTENTIONS, OPT
 from train import (add_compile, add_preset, add_running, add_training, clock, complete, evaluate,
                    make_optimizer, set_rate)
@@ -201,7 +201,7 @@ def distill(student, teacher, tokens, args, precision, optimizer=None, done=0,
         losses = distillation_losses(student, teacher, *batch, run)
         total = sum(getattr(args, f"weight_{name}") * losses[name] for name in WEIGHTS)
         return [total, *(losses[name] for name in WEIGHTS)]
-    backward = Backward(losses_of, precision, 1 / args.accumulate, record=can_record(args))
+    backward = backward_of(losses_of, precision, args)
 
     for step in range(done + 1, args.steps + 1):
         set_rate(optimizer, step, args)
@@ -247,8 +247,7 @@ def main():
     else:
         start, *_ = describe("teacher", teacher, evaluated, args, precision)
         before, *_ = describe(f"{args.attention} student before", student, evaluated, args, precision)
-    with one_line(OSError, hint="give another folder by --out"):
-        args.out.mkdir(parents=True, exist_ok=True)
+    make_folder(args.out)
 
     def save(step, stop):
         save_checkpoint(path, student, tokenizer=tokenizer, data=args.data, step=step, settings=settings,

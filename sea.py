@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROWS = 8192        # rows of the map that are made at a time: what bounds the memory at inference
-HALO = 8           # rows that the two causal convolutions look back
 
 
 @dataclass
@@ -283,7 +282,7 @@ class Cache:
         self.T, self.room, self.rows = 0, room, {}
         self.sums = 0., 0.               # (B, H, 1, F, 2D) of phi(k) x values, (B, H, 1, 1, F) of phi(k)
         self.k_sum = self.v_sum = 0.     # (B, H, 1, D) of k and of v
-        self.codes = []                  # of the paper's CNN: one tensor, the last HALO codes
+        self.codes = []                  # of the paper's CNN: one tensor, the last Picture.HALO codes
 
     def extend(self, name, x):
         """Keep x (B, H, R, E) as rows T, T+1 .. of `name` -> all its rows so far; none of them is copied."""
@@ -379,9 +378,16 @@ class Encoder(nn.Module):
         return F.gelu(self.norm(self.linear(torch.cat([seen.to(v.dtype), v], -1))))
 
 
+def row_scores(config):
+    """Codes (B, H, R, 2D) -> scores (B, H, R, W/4), a row from its own code alone."""
+    width = config.map_width // 4
+    return nn.Sequential(nn.Linear(2 * config.head_dim, width), LayerNorm(width, elementwise_affine=False))
+
+
 class Picture(nn.Module):
     """The paper's causal CNN: codes (B, H, R, 2D) of consecutive rows -> scores (B, H, R, W/4)."""
     CHANNELS = 2       # for each head
+    HALO = 8           # rows that the two convolutions look back
 
     def __init__(self, config):
         super().__init__()
@@ -425,8 +431,7 @@ class SEAttention(nn.Module):
         H, D, W = config.n_head, config.head_dim, config.map_width
         self.config = config
         self.encoder = Encoder(D)
-        self.picture = Picture(config) if not config.cell_keys else nn.Sequential(
-            nn.Linear(2 * D, W // 4), LayerNorm(W // 4, elementwise_affine=False))
+        self.picture = row_scores(config) if config.cell_keys else Picture(config)
         self.gates = nn.Linear(2 * D, 2)
         nn.init.zeros_(self.gates.weight)
         nn.init.constant_(self.gates.bias, 5.0)  # sigmoid(5) = 0.993: starts as attention alone
@@ -481,9 +486,9 @@ class SEAttention(nn.Module):
 
     def estimate(self, code, q, k_sum, first_row, cache):
         """log Q (B, H, R, W), the estimated mass of each cell."""
-        if not self.config.cell_keys:                                              # the CNN looks back
+        if isinstance(self.picture, Picture):                                      # it looks back
             code = torch.cat([*cache.codes, code], 2)                              # B H <=HALO+R 2D
-            cache.codes = [code[:, :, -HALO:].clone()]
+            cache.codes = [code[:, :, -Picture.HALO:].clone()]
         score = self.picture(code)[:, :, -q.shape[2]:]                             # B H R W/4
         weight, key_weight = self.score_weights                                    # H
         scale, bias = (weight[:, None] * x for x in (self.score_scale, self.score_bias))      # H W

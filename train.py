@@ -24,8 +24,8 @@ import torch
 
 import sea
 from data.common import FOLDER, Parser, fail, load, number, one_line, windows, write_whole
-from data.engine import (RANK, RANKS, Backward, any_rank, can_record, check_fit, ctrl_c, first_rank_first,
-                         join_ranks, leave, optimizer_step, parallel, peak_memory, pick_device,
+from data.engine import (RANK, RANKS, any_rank, backward_of, check_fit, ctrl_c, first_rank_first, join_ranks,
+                         leave, make_folder, optimizer_step, parallel, peak_memory, pick_device,
                          pick_precision, resume, save_checkpoint, settings_of, step_batches, training_script)
 from model import ATTENTIONS, OPT, OPTConfig
 
@@ -208,6 +208,13 @@ def report(log, args, step, losses, val_loss, seconds, rate):
     log.writerow([step, *losses, val_loss, rate, 1000 * seconds, speed, memory])
 
 
+def introduce(args, model, source, why):
+    print(f"preset {args.device}:", *(f"{name} {getattr(args, name)}" for name in PRESETS[args.device]))
+    by = f" by {sea.implementation(args.device).__name__}.py" if args.attention == "sea" else ""
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {args.attention} attention"
+          f"{by}, {why}; data/{args.data}: {source}")
+
+
 @training_script
 def main():
     args = parse_arguments()
@@ -221,15 +228,10 @@ def main():
         done = resume(path, model, optimizer, settings)["step"]
     run = parallel(torch.compile(model) if args.compile else model)
     precision, why = pick_precision(args.device)
-    backward = Backward(training_losses(run, model, args.kl_weight), precision, 1 / args.accumulate,
-                        record=can_record(args))
-    print(f"preset {args.device}:", *(f"{name} {getattr(args, name)}" for name in PRESETS[args.device]))
-    by = f" by {sea.implementation(args.device).__name__}.py" if args.attention == "sea" else ""
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {args.attention} attention"
-          f"{by}, {why}; data/{args.data}: {meta['source']}")
+    backward = backward_of(training_losses(run, model, args.kl_weight), precision, args)
+    introduce(args, model, meta["source"], why)
 
-    with one_line(OSError, hint="give another folder by --out"):
-        args.out.mkdir(parents=True, exist_ok=True)
+    make_folder(args.out)
     log, pressed, begin = open_log(args.out / "log.csv", done), ctrl_c(), time.time()
     mark, marked = begin, done
     for step in range(done + 1, args.steps + 1):

@@ -133,9 +133,11 @@ class Backward:
         return losses
 
 
-def can_record(args):
-    """On one GPU: DistributedDataParallel has its own streams. --no-compile is for debugging: not then."""
-    return args.compile and args.device == "cuda" and RANKS == 1
+def backward_of(losses_of, precision, args):
+    """The Backward of a script's flags. It records on one GPU, as DistributedDataParallel has its own
+    streams, and not with --no-compile, which is for debugging."""
+    return Backward(losses_of, precision, 1 / args.accumulate,
+                    record=args.compile and args.device == "cuda" and RANKS == 1)
 
 
 def optimizer_step(model, optimizer, batches, backward, clip):
@@ -179,6 +181,11 @@ def ctrl_c():
 
 # ------------------------------------------------------------------------------------------------------------
 # Checkpoints
+
+def make_folder(path):
+    with one_line(OSError, hint="give another folder by --out"):
+        path.mkdir(parents=True, exist_ok=True)
+
 
 def save_checkpoint(path, model, **rest):
     if RANK == 0:

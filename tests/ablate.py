@@ -32,7 +32,7 @@ from data.engine import check_fit, pick_precision  # noqa: E402
 from distill import (SETTINGS, WEIGHTS, distill, keys_and_mass, load_teacher, open_data,  # noqa: E402
                      with_attention)
 from sea import (Cache, Picture, SEAttention, anchors, attention_kl, cell_bounds,  # noqa: E402
-                 flat_csr_to_dense, implementation, sinusoids)
+                 flat_csr_to_dense, implementation, row_scores, sinusoids)
 from train import add_compile, complete, evaluate  # noqa: E402
 
 DIGITS = dict(ppl_before=3, ppl=3, keys=1, mass=3, kl=4, seconds=0, steps=0)   # columns that are shown
@@ -96,14 +96,9 @@ def become(kind):
     return lambda attention: setattr(attention, "__class__", kind)
 
 
-def with_cnn(attention):
-    """Within contexts of sea.ROWS: across them `estimate` keeps no codes for a CNN beside cell keys."""
-    attention.picture = Picture(attention.config).to(attention.omega.device)
-
-
-def without_cnn(attention):
-    linear = SEAttention(replace(attention.config, cell_keys=True)).picture
-    attention.picture = linear.to(attention.omega.device)
+def scores_by(kind):
+    """A change for Variant: the scores come from the CNN or do not, whatever the cell keys say."""
+    return lambda attention: setattr(attention, "picture", kind(attention.config).to(attention.omega.device))
 
 
 def open_gates_halfway(attention):
@@ -137,8 +132,8 @@ VARIANTS = {
     "own block only": Variant(change=become(OwnBlock)),
     "gates at 1/2": Variant(change=open_gates_halfway),
     "KL on a quarter": Variant(change=become(QuarterKL)),
-    "cell keys and the CNN": Variant(change=with_cnn),
-    "no cell keys, no CNN": Variant(settings=dict(cell_keys=False), change=without_cnn),
+    "cell keys and the CNN": Variant(change=scores_by(Picture)),
+    "no cell keys, no CNN": Variant(settings=dict(cell_keys=False), change=scores_by(row_scores)),
     "cell keys alone": Variant(change=become(CellKeysAlone)),
     "true mass": Variant(change=become(TrueMass)),
     "a quarter of W": Variant(width=1 / 4),

@@ -256,23 +256,19 @@ def bench_attention(args, precision, writer):
                 del rows, stages, mask, operator
 
 
-def training_steps(config, args, precision):
-    """train.py's step, as called and recorded as a CUDA graph (on a GPU), with distill.py's torch.compile."""
+def measure_step(config, args, precision):
+    """Time of a recorded step, memory of one as called: a graph keeps its own. Recording comes first, since
+    it needs a stream that autograd has not left."""
     torch.manual_seed(0)
-    torch.compiler.reset()
+    torch.compiler.reset()                                    # as if nothing else had been compiled before
     model = OPT(config).to(args.device)
     if args.compile:
         compile_estimators(model)
     optimizer, losses_of = make_optimizer(model, 1e-3, 0.1), training_losses(model, model, 0.1)
     tokens = torch.randint(config.vocab_size, (1, config.context + 1), device=args.device)
-    for record in (args.device == "cuda", False):            # what a stream of its own needs comes first
-        backward = Backward(losses_of, precision, record=record)
-        yield partial(optimizer_step, model, optimizer, [(tokens[:, :-1], tokens[:, 1:])], backward, 1.0)
-
-
-def measure_step(config, args, precision):
-    """Time of a recorded step, memory of one as called: a graph keeps its own."""
-    recorded, as_called = training_steps(config, args, precision)
+    step = partial(optimizer_step, model, optimizer, [(tokens[:, :-1], tokens[:, 1:])], clip=1.0)
+    recorded, as_called = (partial(step, backward=Backward(losses_of, precision, record=record))
+                           for record in (args.device == "cuda", False))
     try:
         for _ in range(Backward.WARM_UP + 1):
             recorded()

@@ -53,7 +53,8 @@ def test_own_block_only_attends_to_nothing_else():
 def test_cells_chosen_by_the_true_mass_keep_the_most():
     q, k, v = qkv()
     best = mass_on(mask_of(attention(ablate.become(ablate.TrueMass)), q, k, v), q, k)
-    for change in (lambda attention: None, ablate.become(ablate.BudgetPerHead), ablate.with_cnn):
+    others = ablate.become(ablate.BudgetPerHead), ablate.scores_by(sea.Picture)
+    for change in (lambda attention: None, *others):
         assert mass_on(mask_of(attention(change), q, k, v), q, k) < best
 
 
@@ -69,8 +70,10 @@ def test_a_quarter_of_the_kl_is_that_of_some_blocks():
 
 def test_without_the_cnn_a_row_of_the_map_depends_on_its_code_alone():
     code = torch.randn(1, H, 20, 32)
-    whole = attention(cell_keys=False), attention(ablate.without_cnn, cell_keys=False)
-    for layer, far in zip((attention(ablate.with_cnn), attention(), *whole), (True, False, True, False)):
+    with_cnn, without_cnn = ablate.scores_by(sea.Picture), ablate.scores_by(sea.row_scores)
+    layers = [(attention(with_cnn), True), (attention(), False), (attention(cell_keys=False), True),
+              (attention(without_cnn, cell_keys=False), False)]
+    for layer, far in layers:
         picture = layer.picture
         changed = picture(torch.cat([torch.randn(1, H, 10, 32), code[:, :, 10:]], 2))
         assert torch.equal(picture(code)[:, :, 18:], changed[:, :, 18:])        # 8 rows back at most
