@@ -295,11 +295,12 @@ class Cache:
         return self.rows[name][:, :, :end]
 
 
-def sinusoids(first_row, R, D, device):
-    """Fixed position code of rows from first_row on, which knows no maximal length: (R, D) float32."""
-    rate = torch.logspace(0, 8 / D - 4, D // 2, device=device)                  # 10000^(-2i / D)
-    angle = torch.arange(first_row, first_row + R, device=device)[:, None] * rate             # R D/2
-    return torch.cat([angle.sin(), angle.cos()], -1)                                          # R D
+def sinusoids(first_row, x):
+    """Fixed position code, which knows no maximal length, of the rows of x (B, H, R, D): (R, D)."""
+    R, D = x.shape[2:]
+    rate = torch.logspace(0, 8 / D - 4, D // 2, device=x.device)                # 10000^(-2i / D)
+    angle = torch.arange(first_row, first_row + R, device=x.device)[:, None] * rate           # R D/2
+    return torch.cat([angle.sin(), angle.cos()], -1).to(x.dtype)                              # R D
 
 
 def orthogonal_features(D, num_features):
@@ -450,10 +451,10 @@ class SEAttention(nn.Module):
 
     def estimate_and_select(self, q, k, v, teacher, cache):
         """Make the map ROWS rows at a time and keep the selection: FlatCSR, gates (B, H, R, 2), KL."""
-        (R, D), T, M, found = q.shape[2:], k.shape[2], self.config.query_block, []
+        R, T, M, found = q.shape[2], k.shape[2], self.config.query_block, []
         k, v = k[:, :, T - R:], v[:, :, T - R:]                                    # B H R D
         k_sum = self.sum_keys(k, cache)                                            # B H T+1 D
-        position = sinusoids(T - R, R, D, v.device).to(v.dtype)                    # R D
+        position = sinusoids(T - R, v)                                             # R D
         step = ROWS // M * M                                                       # no block is cut in two
         for start in range((T - R) // M * M, T, step):
             first = max(start, T - R)
@@ -528,7 +529,7 @@ class SEAttention(nn.Module):
         estimated), the selected mask, and the attention probabilities under it."""
         (B, H, T, _), M, W = q.shape, self.config.query_block, self.config.map_width
         rows = torch.arange(T, device=q.device)
-        code = self.encode(q, k, v, sinusoids(0, *v.shape[2:], v.device).to(v.dtype), Cache())
+        code = self.encode(q, k, v, sinusoids(0, v), Cache())                                 # B H T 2D
         log_mass = self.estimate(code, q, self.sum_keys(k, Cache()), 0, Cache())              # B H T W
         past, cell = cell_of_key(rows, T, M, W)                                               # T T
         of_each_key = log_mass.exp() / cell_bounds(rows // M * M, W).diff().clamp(min=1)      # B H T W

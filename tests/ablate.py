@@ -62,8 +62,7 @@ class TrueMass(SEAttention):
     """Cells chosen by the mass itself, from the student's own q and k: what a perfect estimate would give."""
 
     def estimate_and_select(self, q, k, v, teacher, cache):
-        position = sinusoids(0, *v.shape[2:], v.device).to(v.dtype)                           # T D
-        code = self.encode(q, k, v, position, cache)                                          # B H T 2D
+        code = self.encode(q, k, v, sinusoids(0, v), cache)                                   # B H T 2D
         mass = implementation(q.device).pool(q, k, self.config.query_block, self.config.map_width)
         return self.choose(mass, 0), self.gates(code).sigmoid(), torch.zeros((), device=q.device)
 

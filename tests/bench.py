@@ -150,10 +150,10 @@ def dense_rows(q, k, v, device):
 
 def stage_rows(operator, q, k, v):
     """The operator's stages apart, each over all rows at once. -> rows, FlatCSR"""
-    config, ops, T = operator.config, sea.implementation(q.device), q.shape[2]
+    config, ops = operator.config, sea.implementation(q.device)
     M, W, keys = config.query_block, config.map_width, config.keys_per_query
-    position, k_sum = sea.sinusoids(0, T, q.shape[3], q.device).to(v.dtype), sea.running_sum(k)
-    attention = lambda: ops.kernel_attention(q, k, (position.expand_as(v), v), operator.omega)[0]
+    values, k_sum = (sea.sinusoids(0, v).expand_as(v), v), sea.running_sum(k)
+    attention = lambda: ops.kernel_attention(q, k, values, operator.omega)[0]
     seen = attention()
     picture = lambda: operator.picture(operator.encoder(seen, v))
     score = picture()

@@ -61,7 +61,7 @@ def test_cells_chosen_by_the_true_mass_keep_the_most():
 def test_a_quarter_of_the_kl_is_that_of_some_blocks():
     q, k, v = qkv()
     layer, quarter = attention(), attention(ablate.become(ablate.QuarterKL))
-    code = layer.encode(q, k, v, sea.sinusoids(0, T, 16, q.device), sea.Cache())
+    code = layer.encode(q, k, v, sea.sinusoids(0, v), sea.Cache())
     log_mass = layer.estimate(code, q, sea.running_sum(k), 0, sea.Cache())
     whole, some = layer.distance(log_mass, (q, k), 0), quarter.distance(log_mass, (q, k), 0)
     assert some.shape[2] <= -(-T // M) // 4 * M
