@@ -14,7 +14,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import hub
-from sea import Cache, SEAConfig, SEAttention, attend_rows, kernel_attention, orthogonal_features
+from sea import (Cache, SEAConfig, SEAttention, attend_rows, kernel_attention, orthogonal_features,
+                 sinusoids)
 
 POSITION_OFFSET = 2      # OPT keeps rows 0 and 1 of its position table for padding
 
@@ -55,9 +56,11 @@ class DenseAttention(nn.Module):
 
     def forward(self, q, k, v, teacher=None, cache=None):
         R, T = q.shape[2], k.shape[2]
-        if 1 < R < T:
+        if R == 1:                                    # in decoding; cuDNN would make a plan for each new T
+            return (q @ k.mT).softmax(-1).to(v.dtype) @ v
+        if R < T:
             return attend_rows(q, k, v, lambda rows: rows[:, None] >= torch.arange(T, device=q.device))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=R > 1, scale=1.0)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
 
 
 class PerformerAttention(nn.Module):
@@ -158,11 +161,17 @@ class OPT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """GPT-2's: normal(0.02), what ends on the residual stream over sqrt(2 n_layer). SEA keeps its own."""
+        """GPT-2's: normal(0.02), what ends on the residual stream over sqrt(2 n_layer). SEA keeps its own.
+
+        Positions start as sinusoids and are learned from there: each of thousands of rows gets a gradient
+        from one token per window, so from noise it takes long until attention knows which tokens are near.
+        """
         for name, p in self.named_parameters():
             if ".attention." in name or "layer_norm" in name:
                 continue
-            if name.endswith("bias"):
+            if name == "embed_positions.weight":
+                p.data = 0.05 * sinusoids(0, p[None, None])
+            elif name.endswith("bias"):
                 nn.init.zeros_(p)
             else:
                 residual = name.endswith(("out_proj.weight", "fc2.weight"))

@@ -77,6 +77,14 @@ def test_positions_start_at_row_2():
     assert not torch.allclose(model(idx)[0][:, 0], before[:, 0])
 
 
+def test_neighbours_start_alike():
+    torch.manual_seed(0)
+    config = OPTConfig(n_layer=1, n_head=1, n_embd=64, context=256, attention="dense")
+    table = torch.nn.functional.normalize(OPT(config).embed_positions.weight)
+    alike = table @ table.T                            # cosines
+    assert alike.diag(1).min() > 0.9 and alike.diag(64).max() < 0.8
+
+
 def test_vocabulary_is_padded():
     enc, golden = encoding("opt", GOLDEN / "125m"), json.loads((GOLDEN / "125m" / "texts.json").read_text())
     model, idx = OPT.from_pretrained(GOLDEN / "125m"), torch.load(GOLDEN / "125m" / "expected.pt")["idx"]
