@@ -28,7 +28,7 @@ class OPTConfig:
     n_head: int = 6
     n_embd: int = 384
     attention: str = "sea"       # sea, dense, performer or window
-    map_width: int = 256         # the rest as in SEAConfig
+    map_width: int = 512         # the rest as in SEAConfig
     keys_per_query: int = 64
     query_block: int = 16
     num_features: int = 64

@@ -32,7 +32,7 @@ ROWS = 8192        # rows of the map that are made at a time: what bounds the me
 class SEAConfig:
     n_head: int
     head_dim: int
-    map_width: int = 256         # W, cells in a row of the map (the paper's K)
+    map_width: int = 512         # W, cells in a row of the map (the paper's K)
     keys_per_query: int = 64     # mean number of selected past keys per query and head (the paper's k)
     query_block: int = 16        # M, neighbouring queries that share cell bounds; 1 is the paper
     num_features: int = 64       # F, width of phi in the kernel attention

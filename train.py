@@ -30,7 +30,7 @@ from data.engine import (RANK, RANKS, any_rank, backward_of, check_fit, ctrl_c, 
 from model import ATTENTIONS, OPT, OPTConfig
 
 PRESETS = {
-    "cuda": dict(n_layer=8, n_head=8, n_embd=512, context=2048, map_width=256, keys_per_query=64,
+    "cuda": dict(n_layer=8, n_head=8, n_embd=512, context=2048, map_width=512, keys_per_query=64,
                  query_block=16, batch_size=8, steps=2000, warmup=100, eval_interval=500),
     "cpu": dict(n_layer=4, n_head=4, n_embd=256, context=128, map_width=32, keys_per_query=8,
                 query_block=8, batch_size=24, steps=280, warmup=28, eval_interval=70),

@@ -50,7 +50,7 @@ def parse_arguments():
     add, default = parser.add_argument, "(default: %(default)s)"
     add("--lengths", type=int, nargs="+", default=[2 ** i for i in range(10, 18)], help=f"T {default}")
     add("--blocks", type=int, nargs="+", default=[1, 16, 32], help=f"M, query_block {default}")
-    add("--points", nargs="+", default=["64:256", "512:512"], help=f"keys_per_query:map_width {default}")
+    add("--points", nargs="+", default=["64:256", "64:512", "512:512"], help=f"keys_per_query:map_width {default}")
     add("--heads", type=int, default=12, help=f"H {default}")
     add("--head-dim", type=int, default=64, help=f"D {default}")
     add("--layers", type=int, default=12, help=f"of the models; 0 leaves them out {default}")
