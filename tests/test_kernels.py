@@ -343,7 +343,7 @@ def test_cpu_tensors_outside_the_interpreter(monkeypatch):
 
 # ---- compiled code, for cards that need not be there
 
-MODELS = {"opt-125m": (12, 64, 256, 16), "opt-1.3b": (32, 64, 256, 16), "opt-2.7b": (32, 80, 512, 16),
+MODELS = {"opt-125m": (12, 64, 512, 16), "opt-1.3b": (32, 64, 512, 16), "opt-2.7b": (32, 80, 512, 16),
           "largest tiles": (1, 128, 256, 32)}                                    # H, D, W, M
 DOTS = {"state_kernel", "kernel_attention_kernel", "log_mass_kernel", "log_mass_backward_kernel",
         "attend_kernel", "attend_backward_kernel", "pool_kernel"}
