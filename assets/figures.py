@@ -9,7 +9,7 @@ The README's picture of the page, assets/page.png, is Chromium's, 1000 pixels wi
 
     python sample.py --attention page.html --prompt "$(python assets/figures.py --text)"
     chromium --headless --hide-scrollbars --virtual-time-budget=4000 --window-size=1000,990 \\
-        --screenshot=assets/page.png "file://$PWD/page.html#layer=2&head=1&token=112"
+        --screenshot=assets/page.png "file://$PWD/page.html#layer=1&head=2&token=96"
 """
 import csv
 import math
@@ -37,8 +37,8 @@ STOPS = "#f6f5e6", "#cfe3b4", "#86c7a4", "#3f9fa6", "#2b6d9d", "#27397c", "#160f
 def parse_arguments():
     parser = Parser(__doc__)
     parser.add_argument("--checkpoint", default="out/ckpt.pt", help="of a model with SEA attention")
-    parser.add_argument("--layer", type=int, default=2, help="the layer to draw")
-    parser.add_argument("--head", type=int, default=1, help="the head to draw")
+    parser.add_argument("--layer", type=int, default=1, help="the layer to draw")
+    parser.add_argument("--head", type=int, default=2, help="the head to draw")
     parser.add_argument("--text", action="store_true", help="print the text and draw nothing")
     parser.add_argument("--bench", help="a CSV of tests/bench.py: draw speed.png and nothing else")
     parser.add_argument("--query-block", type=int, default=16, help="M of SEA in speed.png")
