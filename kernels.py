@@ -46,7 +46,7 @@ def with_dense_rows(x):
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def check_sizes(D, M, W, H=1, F=64):
+def check_sizes(D=8, M=1, W=1, H=1, F=1):
     if D % 8 or not 8 <= D <= 128:
         raise ValueError(f"the width of a head is {D}; the kernels take multiples of 8 up to 128")
     if not 1 <= M <= 32 or W < 1:
@@ -191,7 +191,7 @@ def kernel_attention(q, k, values, omega, context=0., norm=0.):
     k = wide(check("k", k, q.shape, FLOATS, q.device))
     sides = [check("values", x, (B, H, R, E), FLOATS, q.device).to(q.dtype) for x in values]
     omega = check("omega", omega, (D, -1), FLOATS, q.device).to(q.dtype).contiguous()
-    check_sizes(D, 1, 1, F=F)
+    check_sizes(D, F=F)
     rows = 128 if q.element_size() == 2 and max(D, F) <= 64 else 128 // q.element_size()
     columns, ALL = min(64, padded(E)), len(sides) * E
     sizes = dict(R=R, H=H, D=D, E=E, F=F, ALL=ALL, ROWS=rows, COLUMNS=columns, num_warps=4, num_stages=1)
@@ -301,10 +301,11 @@ class LogMass(torch.autograd.Function):
     def forward(ctx, score, scale, bias, q, k_sum, key_weight, M, first_row):
         (B, H, R, w), (W, D) = score.shape, (scale.shape[1], q.shape[3])
         ctx.grid = len(anchors(first_row, R, M)), B * H
-        ctx.sizes = dict(first_row=first_row, R=R, H=H, D=D, M=M, W=W, STEP=W // w, CELLS=2048 // padded(D))
+        ctx.sizes = dict(first_row=first_row, R=R, H=H, D=D, M=M, W=W, STEP=W // w,
+                         CELLS=2048 // padded(D), num_warps=2, num_stages=1)
         out = torch.empty(B, H, R, W, device=q.device)
         log_mass_kernel[ctx.grid](strided(score), scale, bias, strided(q), strided(k_sum), key_weight,
-                                  strided(out), **ctx.sizes, num_warps=2, num_stages=1)
+                                  strided(out), **ctx.sizes)
         ctx.save_for_backward(score, scale, q, k_sum, key_weight, out)
         return out
 
@@ -317,7 +318,7 @@ class LogMass(torch.autograd.Function):
         dkey_weight = None if key_weight is None else torch.zeros_like(key_weight)
         log_mass_backward_kernel[ctx.grid](
             strided(score), scale, strided(q), strided(k_sum), key_weight, strided(out), strided(g),
-            strided(dscore), dscale, dbias, dkey_weight, **ctx.sizes, num_warps=2, num_stages=1)
+            strided(dscore), dscale, dbias, dkey_weight, **ctx.sizes)
         return dscore, dscale, dbias, None, None, dkey_weight, None, None
 
 
@@ -434,7 +435,7 @@ def select(mass, query_block, keys_per_query, first_row=0):
     """
     mass = check("mass", mass, (-1, -1, -1, -1), FLOATS, mass.device)
     (B, H, R, W), M, device = mass.shape, query_block, mass.device
-    check_sizes(8, M, W, H)
+    check_sizes(M=M, W=W, H=H)
     N = len(anchors(first_row, R, M))
     budget, first, room = layout(first_row // M, N, H, M, W, keys_per_query, device)
     level, limit = (torch.empty(B, R, dtype=torch.int32, device=device) for _ in range(2))
