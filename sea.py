@@ -25,7 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-ROWS = 8192        # rows of the map that are made at a time: what bounds the memory at inference
+MAP_ROWS = 8192    # rows of the map that are made at a time: what bounds the memory at inference
 
 
 @dataclass
@@ -102,14 +102,14 @@ def cumulative_sum(x, start=0., chunk=64):
     return (inside + before[:, :, :, None]).flatten(2, 3)[:, :, :x.shape[2]]
 
 
-def running_sum(x, start=0., cumulative_sum=cumulative_sum):
+def running_sum(x, start=0., summed=cumulative_sum):
     """(B, H, T, D) -> (B, H, T + 1, D): row t is start + the sum of rows 0 .. t-1. It is large: no second
-    tensor of its size is made on the way. cumulative_sum: the one above, or as it was compiled."""
+    tensor of its size is made on the way. summed: cumulative_sum, or as it was compiled."""
     sums = x.new_empty(*x.shape[:2], x.shape[2] + 1, x.shape[3], dtype=running_dtype(x))
     sums[:, :, :1] = start
-    for i in range(0, x.shape[2], ROWS):
-        rows = x[:, :, i:i + ROWS]
-        sums[:, :, i + 1:i + 1 + rows.shape[2]] = cumulative_sum(rows, sums[:, :, i:i + 1])
+    for i in range(0, x.shape[2], MAP_ROWS):
+        rows = x[:, :, i:i + MAP_ROWS]
+        sums[:, :, i + 1:i + 1 + rows.shape[2]] = summed(rows, sums[:, :, i:i + 1])
     return sums
 
 
@@ -177,11 +177,10 @@ def join(masks):
 def selected_cells(mask):
     """FlatCSR -> (B, H, N*M, W) bool: the cells that each query of its blocks chose."""
     (B, N, H), M, W, device = mask.crow[..., 1:].shape, mask.query_block, mask.map_width, mask.crow.device
-    first, count = mask.crow[..., 0].flatten(), (mask.crow[..., -1] - mask.crow[..., 0]).flatten()
-    row = torch.repeat_interleave(torch.arange(B * N, device=device), count)      # one for each entry
-    entry = first[row] + torch.arange(len(row), device=device) - (count.cumsum(0) - count)[row]
-    bits = torch.zeros(B * N, H * W, dtype=torch.int32, device=device)
-    bits[row, mask.cells[row // N, entry].long()] = mask.queries[row // N, entry]
+    entry = torch.arange(mask.cells.shape[1], device=device).repeat(B, 1)                     # B room
+    row = torch.searchsorted(mask.crow[..., 0].contiguous(), entry, right=True) - 1           # B room
+    bits = mask.queries.new_zeros(B, N * H * W)
+    bits.scatter_add_(1, row * (H * W) + mask.cells, mask.queries)                # unused entries add 0
     bits = bits.view(B, N, H, 1, W) >> torch.arange(M, device=device)[:, None] & 1            # B N H M W
     return bits.bool().transpose(1, 2).flatten(2, 3)                                          # B H NM W
 
@@ -296,8 +295,8 @@ class Cache:
 
 
 def sinusoids(first_row, x):
-    """Fixed position code, which knows no maximal length, of the rows of x (B, H, R, D): (R, D)."""
-    R, D = x.shape[2:]
+    """Fixed position code, which knows no maximal length, of the rows of x (..., R, D): (R, D)."""
+    R, D = x.shape[-2:]
     rate = torch.logspace(0, 8 / D - 4, D // 2, device=x.device)                # 10000^(-2i / D)
     angle = torch.arange(first_row, first_row + R, device=x.device)[:, None] * rate           # R D/2
     return torch.cat([angle.sin(), angle.cos()], -1).to(x.dtype)                              # R D
@@ -368,15 +367,9 @@ class LayerNorm(nn.LayerNorm):
             return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
-class Encoder(nn.Module):
-    """The MLP: what rows see by kernel attention (B, H, R, 2D), their v (B, H, R, D) -> (B, H, R, 2D)."""
-
-    def __init__(self, head_dim):
-        super().__init__()
-        self.linear, self.norm = nn.Linear(3 * head_dim, 2 * head_dim), LayerNorm(2 * head_dim)
-
-    def forward(self, seen, v):
-        return F.gelu(self.norm(self.linear(torch.cat([seen.to(v.dtype), v], -1))))
+def encoder(D):
+    """The MLP: what rows see by kernel attention and their v, (B, H, R, 3D) -> their codes (B, H, R, 2D)."""
+    return nn.Sequential(nn.Linear(3 * D, 2 * D), LayerNorm(2 * D), nn.GELU())
 
 
 def row_scores(config):
@@ -431,14 +424,14 @@ class SEAttention(nn.Module):
         super().__init__()
         H, D, W = config.n_head, config.head_dim, config.map_width
         self.config = config
-        self.encoder = Encoder(D)
+        self.encoder = encoder(D)
         self.picture = row_scores(config) if config.cell_keys else Picture(config)
         self.gates = nn.Linear(2 * D, 2)
         nn.init.zeros_(self.gates.weight)
         nn.init.constant_(self.gates.bias, 5.0)  # sigmoid(5) = 0.993: starts as attention alone
-        self.score_scale = nn.Parameter(torch.ones(W))                    # these two end picture's LayerNorm
-        self.score_bias = nn.Parameter(torch.zeros(W))
-        self.score_weights = nn.Parameter(torch.ones(2, H))               # of its score, of the cell keys'
+        self.score_scale = nn.Parameter(torch.ones(W))       # these two belong to picture's last LayerNorm,
+        self.score_bias = nn.Parameter(torch.zeros(W))       # whose W/4 scores come 4 times each
+        self.score_weights = nn.Parameter(torch.ones(2, H))  # of picture's score and of the cell keys'
         self.register_buffer("omega", orthogonal_features(D, config.num_features))
         self.kl = None
 
@@ -450,12 +443,12 @@ class SEAttention(nn.Module):
         return self.mix(sparse, v[:, :, -q.shape[2]:], gates, cache)               # B H R D
 
     def estimate_and_select(self, q, k, v, teacher, cache):
-        """Make the map ROWS rows at a time and keep the selection: FlatCSR, gates (B, H, R, 2), KL."""
+        """Make the map MAP_ROWS rows at a time and keep the selection: FlatCSR, gates (B, H, R, 2), KL."""
         R, T, M, found = q.shape[2], k.shape[2], self.config.query_block, []
         k, v = k[:, :, T - R:], v[:, :, T - R:]                                    # B H R D
         k_sum = self.sum_keys(k, cache)                                            # B H T+1 D
         position = sinusoids(T - R, v)                                             # R D
-        step = ROWS // M * M                                                       # no block is cut in two
+        step = MAP_ROWS // M * M                                                   # no block is cut in two
         for start in range((T - R) // M * M, T, step):
             first = max(start, T - R)
             rows = slice(first - (T - R), start + step - (T - R))
@@ -465,7 +458,7 @@ class SEAttention(nn.Module):
         return join(masks), torch.cat(gates, 2), None if teacher is None else torch.cat(kl, 2).mean()
 
     def select_rows(self, q, k, v, position, k_sum, first_row, teacher, cache):
-        """Up to ROWS rows of the map: what is selected, gates (B, H, R, 2), the KL of each row (B, H, R)."""
+        """Up to MAP_ROWS rows: what is selected, gates (B, H, R, 2), the KL of each row (B, H, R)."""
         code = self.encode(q, k, v, position, cache)                               # B H R 2D
         log_mass = self.estimate(code, q, k_sum, first_row, cache)                 # B H R W
         kl = None if teacher is None else self.distance(log_mass, teacher, first_row)
@@ -483,7 +476,7 @@ class SEAttention(nn.Module):
         """A code for each row, from what it attends to by kernel attention, in time linear in T."""
         values = position.expand_as(v), v                                          # B H R D each
         seen, *cache.sums = implementation(q.device).kernel_attention(q, k, values, self.omega, *cache.sums)
-        return self.encoder(seen, v)                                               # B H R 2D
+        return self.encoder(torch.cat([seen.to(v.dtype), v], -1))                  # B H R 2D
 
     def estimate(self, code, q, k_sum, first_row, cache):
         """log Q (B, H, R, W), the estimated mass of each cell."""
@@ -511,14 +504,15 @@ class SEAttention(nn.Module):
     def mix(self, sparse, v, gates, cache):
         """g_mix * (g_prob * sparse) + (1 - g_mix) * mean(v_0 .. v_t), two gates for each query and head."""
         out, count = torch.empty_like(sparse), cache.T + torch.arange(1, v.shape[2] + 1, device=v.device)
-        for i in range(0, v.shape[2], ROWS):
-            rows = (x[:, :, i:i + ROWS] for x in (sparse, v, gates))
-            out[:, :, i:i + ROWS], cache.v_sum = self.mix_rows(*rows, cache.v_sum, count[i:i + ROWS, None])
+        for i in range(0, v.shape[2], MAP_ROWS):
+            few = slice(i, i + MAP_ROWS)
+            rows = (x[:, :, few] for x in (sparse, v, gates))
+            out[:, :, few], cache.v_sum = self.mix_rows(*rows, cache.v_sum, count[few, None])
         return out
 
     @staticmethod
     def mix_rows(sparse, v, gates, v_sum, count):
-        """mix of up to ROWS rows -> those, and v_sum (B, H, 1, D) up to the last of them."""
+        """mix of up to MAP_ROWS rows -> those, and v_sum (B, H, 1, D) up to the last of them."""
         v_sums, (g_prob, g_mix) = cumulative_sum(v, v_sum), gates.split(1, -1)     # B H R D
         mean = (v_sums / count).to(v.dtype)                                        # B H R D
         return g_mix * (g_prob * sparse) + (1 - g_mix) * mean, v_sums[:, :, -1:].clone()

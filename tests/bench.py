@@ -50,7 +50,8 @@ def parse_arguments():
     add, default = parser.add_argument, "(default: %(default)s)"
     add("--lengths", type=int, nargs="+", default=[2 ** i for i in range(10, 18)], help=f"T {default}")
     add("--blocks", type=int, nargs="+", default=[1, 16, 32], help=f"M, query_block {default}")
-    add("--points", nargs="+", default=["64:256", "64:512", "512:512"], help=f"keys_per_query:map_width {default}")
+    add("--points", nargs="+", default=["64:512", "64:256", "512:512"],
+        help=f"keys_per_query:map_width; decoding takes the first {default}")
     add("--heads", type=int, default=12, help=f"H {default}")
     add("--head-dim", type=int, default=64, help=f"D {default}")
     add("--layers", type=int, default=12, help=f"of the models; 0 leaves them out {default}")
@@ -155,7 +156,7 @@ def stage_rows(operator, q, k, v):
     values, k_sum = (sea.sinusoids(0, v).expand_as(v), v), sea.running_sum(k)
     attention = lambda: ops.kernel_attention(q, k, values, operator.omega)[0]
     seen = attention()
-    picture = lambda: operator.picture(operator.encoder(seen, v))
+    picture = lambda: operator.picture(operator.encoder(torch.cat([seen, v], -1)))
     score = picture()
     scale, bias = operator.score_scale.expand(q.shape[1], W), operator.score_bias.expand(q.shape[1], W)
     log_mass = lambda: ops.log_mass(score, scale, bias, q, k_sum, operator.score_weights[1], M)

@@ -70,7 +70,7 @@ def test_after_a_prefill(kind, prefill):
 def test_in_float64_only_rounding_is_left(kind, monkeypatch):
     model, idx = make(kind, dtype=torch.float64), text(T)
     full = logits(model, idx)
-    monkeypatch.setattr(sea, "ROWS", 32)     # the map of a piece is made in several parts
+    monkeypatch.setattr(sea, "MAP_ROWS", 32)     # the map of a piece is made in several parts
     for sizes in ([], [1, 2, 30, 1, 1, 5, 64], [100, 30]):
         assert (in_pieces(model, idx, sizes) - full).abs().max() < 1e-9
 

@@ -63,7 +63,7 @@ def test_what_is_compiled_gives_the_same_losses_at_every_length(cell_keys, teach
     """With the backend that runs what was traced: inductor needs a C compiler and a minute."""
     eager = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **options: eager(f, backend="eager"))
-    monkeypatch.setattr("sea.ROWS", 16)
+    monkeypatch.setattr("sea.MAP_ROWS", 16)
     plain, compiled = (student_of(teacher, cell_keys=cell_keys) for _ in range(2))
     engine.compile_estimators(compiled)
     for context in (20, 33, 48, 64):

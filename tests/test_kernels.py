@@ -274,7 +274,7 @@ def test_log_mass_of_wide_and_narrow_scores(share):
 
 @pytest.mark.parametrize("M, cell_keys", [(8, True), (4, False)])
 def test_the_operator_is_that_of_pytorch(M, cell_keys, monkeypatch, T=75):
-    monkeypatch.setattr(sea, "ROWS", 32)                             # chunks, and not of M rows alone
+    monkeypatch.setattr(sea, "MAP_ROWS", 32)                             # chunks, and not of M rows alone
     torch.manual_seed(0)
     layer = sea.SEAttention(sea.SEAConfig(2, 16, map_width=16, keys_per_query=6, query_block=M,
                                           cell_keys=cell_keys)).to(DEVICE)

@@ -202,7 +202,7 @@ def test_sums_over_tokens(T, monkeypatch):
     assert error(sea.cumulative_sum(x, start), start + x.cumsum(2)) < 1e-14
     assert error(sea.cumulative_sum(x.float()), x.cumsum(2)) < 1e-6
     assert error(sea.cumulative_sum(x.bfloat16()), x.bfloat16().double().cumsum(2)) < 1e-6     # in float32
-    monkeypatch.setattr(sea, "ROWS", 48)
+    monkeypatch.setattr(sea, "MAP_ROWS", 48)
     sums = sea.running_sum(x, start)
     assert torch.equal(sums[:, :, :1], start) and error(sums[:, :, 1:], start + x.cumsum(2)) < 1e-14
 
@@ -238,7 +238,7 @@ def test_rows_go_through_in_chunks_with_the_same_result(M, monkeypatch):
     layer, (q, k, v) = attention(257, M), qkv(2, 3, 257, 16)
     whole = layer(q, k, v, teacher=(q, k))
     kl = layer.kl
-    monkeypatch.setattr(sea, "ROWS", 64)
+    monkeypatch.setattr(sea, "MAP_ROWS", 64)
     assert error(layer(q, k, v, teacher=(q, k)), whole) < 1e-5
     assert error(layer.kl, kl) < 1e-5
 
