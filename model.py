@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from data import hub
 from sea import (Cache, SEAConfig, SEAttention, attend_rows, kernel_attention, orthogonal_features,
@@ -28,11 +29,11 @@ class OPTConfig:
     n_head: int = 6
     n_embd: int = 384
     attention: str = "sea"       # sea, dense, performer or window
-    map_width: int = 512         # the rest as in SEAConfig
-    keys_per_query: int = 64
-    query_block: int = 16
-    num_features: int = 64
-    cell_keys: bool = True
+    map_width: int = SEAConfig.map_width
+    keys_per_query: int = SEAConfig.keys_per_query
+    query_block: int = SEAConfig.query_block
+    num_features: int = SEAConfig.num_features
+    cell_keys: bool = SEAConfig.cell_keys
     post_norm: bool = False      # opt-350m: LayerNorm after each residual sum, and none at the end
     token_embd: int = 0          # E, width of the token embedding where it is not n_embd (opt-350m: 512)
 
@@ -50,14 +51,20 @@ class OPTConfig:
                          self.query_block, self.num_features, self.cell_keys)
 
 
+def attend_one(q, k, v):
+    """Dense attention of one query, as in decoding; not by cuDNN, which would make a plan for each new T."""
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        return F.scaled_dot_product_attention(q, k, v, scale=1.0)
+
+
 class DenseAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
 
     def forward(self, q, k, v, teacher=None, cache=None):
         R, T = q.shape[2], k.shape[2]
-        if R == 1:                                    # in decoding; cuDNN would make a plan for each new T
-            return (q @ k.mT).softmax(-1).to(v.dtype) @ v
+        if R == 1:
+            return attend_one(q, k, v)
         if R < T:
             return attend_rows(q, k, v, lambda rows: rows[:, None] >= torch.arange(T, device=q.device))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
@@ -95,7 +102,7 @@ class WindowAttention(nn.Module):
     def forward(self, q, k, v, teacher=None, cache=None):
         if q.shape[2] == 1:                           # in decoding the keys between are not even read
             ends = lambda x: torch.cat([x[:, :, :self.FIRST], x[:, :, self.FIRST:][:, :, -self.last:]], 2)
-            return F.scaled_dot_product_attention(q, ends(k), ends(v), scale=1.0)
+            return attend_one(q, ends(k), ends(v))
         return attend_rows(q, k, v, lambda rows: self.allowed(rows, k.shape[2]))
 
 
@@ -170,7 +177,7 @@ class OPT(nn.Module):
             if ".attention." in name or "layer_norm" in name:
                 continue
             if name == "embed_positions.weight":
-                p.data = 0.05 * sinusoids(0, p[None, None])
+                p.data.copy_(0.05 * sinusoids(0, p))         # std 0.035, somewhat above the tokens'
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
             else:
@@ -280,12 +287,9 @@ class OPT(nn.Module):
         for block in self.layers:
             keep = lambda module, args: seen.append((module, *args[:3]))
             hooks.append(block.self_attn.attention.register_forward_pre_hook(keep))
-        self(idx)
-        for hook in hooks:
-            hook.remove()
+        try:
+            self(idx)
+        finally:
+            for hook in hooks:
+                hook.remove()
         return seen
-
-    def look(self, idx, layer, head):
-        """SEAttention.look: estimate, mask and attention (T, T) of one head on one sequence idx (1, T)."""
-        attention, *qkv = self.attended(idx)[layer]
-        return tuple(picture[0, head] for picture in attention.look(*qkv))

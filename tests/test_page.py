@@ -81,7 +81,8 @@ def test_the_pictures_are_those_of_look(written):
     assert list(data["layers"]) == ["0", "1", "2", "3"] and data["query_block"] == 8
     for layer, head in ((0, 0), (1, 3), (3, 2)):
         shown = data["layers"][str(layer)][head]
-        estimate, mask, used = model.look(idx, layer, head)
+        attention, *qkv = model.attended(idx)[layer]
+        estimate, mask, used = (picture[0, head] for picture in attention.look(*qkv))
         for name, picture in (("estimate", estimate), ("used", used), ("mask", mask.float())):
             exact = 255 * picture.detach().numpy().astype(np.float64) ** (1 / 3)
             assert np.abs(exact - shades(shown[name], T)).max() < 0.51
