@@ -352,7 +352,9 @@ def test_two_processes_are_one_with_twice_the_accumulation(folder, monkeypatch, 
     assert printed.count("step 6/6") == 2                                    # only the first one prints
     numbers = lambda path: [[float(x or 0) for x in row] for row in rows(path)[1:]]
     for one, two in zip(numbers("one-train/log.csv"), numbers("train/log.csv"), strict=True):
-        assert two == pytest.approx(one, abs=1e-5)
+        # attention does not depend on the keys' bias, so its gradient is rounding, of which AdamW makes whole
+        # steps; the estimate, and so the KL, in the third column, sees a little of them
+        assert two == pytest.approx(one, abs=1e-5, rel=2e-4)
     val = data.common.load("tiny")[1]
     for name in ("train", "distill"):
         models = (engine.load_checkpoint(f"{out}/ckpt.pt", "cpu")[0] for out in (f"one-{name}", name))
