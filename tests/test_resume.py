@@ -337,7 +337,9 @@ for line in {lines!r}:
 
 
 def test_two_processes_are_one_with_twice_the_accumulation(folder, monkeypatch, capsys):
-    whole = " --keys-per-query 32"                 # all of the past: rounding must not change a selection
+    # all of the past, so that rounding does not change a selection; small steps, so that AdamW makes little
+    # of it where the estimator's gradients are tiny
+    whole = " --keys-per-query 32 --lr 1e-4"
     lines = [f"{TRAIN} --out train", f"{TRAIN} --out train --resume", f"{DISTILL} --out distill"]
     lines = [f"{line} --accumulate 2{whole}" for line in lines]
     Path("driver.py").write_text(DRIVER.format(root=str(ROOT), lines=lines))
@@ -352,9 +354,7 @@ def test_two_processes_are_one_with_twice_the_accumulation(folder, monkeypatch, 
     assert printed.count("step 6/6") == 2                                    # only the first one prints
     numbers = lambda path: [[float(x or 0) for x in row] for row in rows(path)[1:]]
     for one, two in zip(numbers("one-train/log.csv"), numbers("train/log.csv"), strict=True):
-        # attention does not depend on the keys' bias, so its gradient is rounding, of which AdamW makes whole
-        # steps; the estimate, and so the KL, in the third column, sees a little of them
-        assert two == pytest.approx(one, abs=1e-5, rel=2e-4)
+        assert two == pytest.approx(one, abs=1e-5)
     val = data.common.load("tiny")[1]
     for name in ("train", "distill"):
         models = (engine.load_checkpoint(f"{out}/ckpt.pt", "cpu")[0] for out in (f"one-{name}", name))
