@@ -24,7 +24,7 @@ from data.engine import (any_rank, backward_of, check_fit, compile_estimators, c
                          first_rank_first, join_ranks, leave, load_checkpoint, make_folder, optimizer_step,
                          parallel, peak_memory, pick_precision, resume, save_checkpoint, settings_of,
                          step_batches, training_script)
-from model import ATTENTIONS, OPT
+from model import ATTENTIONS, OPT, Trace
 from train import (add_compile, add_preset, add_running, add_training, clock, complete, evaluate,
                    make_optimizer, set_rate)
 
@@ -80,34 +80,14 @@ def parse_arguments():
 # ------------------------------------------------------------------------------------------------------------
 # What both models compute on the way, and how far apart it is
 
-class Trace:
-    """What a model computes while this is open: hidden states, attention outputs, q and k of each layer."""
-
-    def __init__(self, model):
-        self.model, self.hidden, self.outputs, self.queries_keys = model, [], [], []
-
-    def __enter__(self):
-        keep = lambda where: lambda module, args, out: where.append(out)
-        self.hooks = []
-        for block in self.model.layers:
-            self.hooks += [block.register_forward_hook(keep(self.hidden)),
-                           block.self_attn.register_forward_hook(keep(self.outputs)),
-                           block.self_attn.attention.register_forward_pre_hook(
-                               lambda module, args: self.queries_keys.append(args[:2]))]
-        return self
-
-    def __exit__(self, *error):
-        for hook in self.hooks:
-            hook.remove()
-
-
 def distillation_losses(student, teacher, idx, targets, run=None):
     """One forward of both on idx, targets (B, T) -> the five losses of WEIGHTS, by name. run: the student, as
     DistributedDataParallel wraps it."""
     with torch.no_grad(), Trace(teacher) as wanted:
         wanted_logits, _ = teacher(idx)                                                       # B T V
     with Trace(student) as made:
-        logits, loss = (run or student)(idx, targets, teacher=wanted.queries_keys)
+        queries_keys = [(q, k) for _, q, k, _ in wanted.attended]
+        logits, loss = (run or student)(idx, targets, teacher=queries_keys)
     mse = lambda ours, theirs: sum(F.mse_loss(x.float(), y.float()) for x, y in zip(ours, theirs)) / len(ours)
     log_q, log_p = (x.flatten(0, 1).float().log_softmax(-1) for x in (logits, wanted_logits))      # BT V
     return dict(hidden=mse(made.hidden, wanted.hidden), output=mse(made.outputs, wanted.outputs), text=loss,
@@ -122,7 +102,9 @@ def keys_and_mass(model, idx):
     if model.config.attention not in ("sea", "window"):
         return None, None
     keys, mass, rows = [], [], torch.arange(idx.shape[1], device=idx.device)
-    for attention, q, k, v in model.attended(idx):
+    with Trace(model) as seen:
+        model(idx)
+    for attention, q, k, v in seen.attended:
         sea = model.config.attention == "sea"
         mask = attention.look(q, k, v)[1] if sea else attention.allowed(rows, len(rows))      # B H T T
         dense = (q @ k.mT).masked_fill(rows > rows[:, None], -torch.inf).softmax(-1, torch.float32)
@@ -176,13 +158,18 @@ def with_attention(teacher, attention, settings):
     return student.to(next(teacher.parameters()).device)
 
 
-def describe(name, model, tokens, args, precision):
-    """Print what a model is worth on the split, and return it: loss, keys per query, their share of mass."""
-    with one_line(FloatingPointError, hint=f"the {name} is spoilt"):
-        loss = evaluate(model, tokens, args.batch_size, args.eval_windows, precision)
-    idx = torch.from_numpy(tokens[:model.config.context].astype("int64"))[None].to(args.device)
+def measure(model, tokens, batch_size, at_most, precision):
+    """Loss on `at_most` windows of a split; of the first one, keys per query and their share of the mass."""
+    loss = evaluate(model, tokens, batch_size, at_most, precision)
+    idx = torch.from_numpy(tokens[:model.config.context].astype("int64"))[None]
     with precision:
-        keys, mass = keys_and_mass(model.eval(), idx)
+        return loss, *keys_and_mass(model.eval(), idx.to(next(model.parameters()).device))
+
+
+def describe(name, model, tokens, args, precision):
+    """Print what `measure` finds, and return it."""
+    with one_line(FloatingPointError, hint=f"the {name} is spoilt"):
+        loss, keys, mass = measure(model, tokens, args.batch_size, args.eval_windows, precision)
     print(f"{name}: {args.split}_loss {loss:.4f} {args.split}_ppl {math.exp(loss):.3f}"
           + (f" keys_per_query {keys:.1f} mass_kept {mass:.3f}" if keys else ""), flush=True)
     return loss, keys, mass

@@ -214,8 +214,8 @@ def kernel_attention(q, k, values, omega, context=0., norm=0.):
 #       for CELLS cells at a time:
 #           mean = (k_sum[end] - k_sum[start]) / (end - start)               CELLS D, in registers alone
 #           s = scale score + bias + key_weight q mean^T + log(size)         M CELLS; kept where log Q will be
-#           online log-sum-exp
-#       log Q = s - log-sum-exp
+#           online log-sum-exp, base 2
+#       log Q = s - log-sum-exp, base e
 
 @triton.jit
 def cell_sizes(cell, a, W: tl.constexpr):
@@ -248,16 +248,15 @@ def log_mass_kernel(score, scale, bias, q, k_sum, key_weight, out, first_row, R,
         if key_weight is not None:
             s += tl.load(key_weight + h) * cell_key_scores(q_tile, k_sum, b, h, cell, a, D, W)
         s += tl.log(tl.maximum(cell_sizes(cell, a, W)[2].to(tl.float32), 1e-37))[None, :]
-        s = tl.where((cell < W)[None, :], s, -float("inf"))
-        new_top = tl.maximum(top, tl.max(s, 1))
-        total = total * tl.exp(top - new_top) + tl.sum(tl.exp(s - new_top[:, None]), 1)
-        top = new_top
+        s = tl.where((cell < W)[None, :], s * LOG2E, -float("inf"))
+        top, p, shrink = raise_maximum(top, s)
+        total = total * shrink + tl.sum(p, 1)
         address, mask = tile(out, b, h, row, real, cell, W)
         tl.store(address, s, mask=mask)
     tl.debug_barrier()                       # one thread may read what another wrote
     for c in range(0, W, CELLS):
         address, mask = tile(out, b, h, row, real, c + tl.arange(0, CELLS), W)
-        tl.store(address, tl.load(address, mask=mask) - (top + tl.log(total))[:, None], mask=mask)
+        tl.store(address, (tl.load(address, mask=mask) - (top + tl.log2(total))[:, None]) / LOG2E, mask=mask)
 
 
 # Backward, with g the gradient of log Q:

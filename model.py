@@ -280,16 +280,24 @@ class OPT(nn.Module):
         """Ids (B, T) -> (B, T + max_new_tokens), sampled by stream."""
         return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k)], 1)
 
-    @torch.no_grad()
-    def attended(self, idx):
-        """What each layer attends with, for idx (B, T): its attention module, q, k and v (B, H, T, D)."""
-        seen, hooks = [], []
-        for block in self.layers:
-            keep = lambda module, args: seen.append((module, *args[:3]))
-            hooks.append(block.self_attn.attention.register_forward_pre_hook(keep))
-        try:
-            self(idx)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return seen
+
+class Trace:
+    """What each layer of a model computes while this is open: its hidden states and its attention's output,
+    (B, T, C), and what it attends with: the module, q, k and v (B, H, T, D)."""
+
+    def __init__(self, model):
+        self.model, self.hidden, self.outputs, self.attended = model, [], [], []
+
+    def __enter__(self):
+        keep = lambda where: lambda module, args, out: where.append(out)
+        self.hooks = []
+        for block in self.model.layers:
+            self.hooks += [block.register_forward_hook(keep(self.hidden)),
+                           block.self_attn.register_forward_hook(keep(self.outputs)),
+                           block.self_attn.attention.register_forward_pre_hook(
+                               lambda module, args: self.attended.append((module, *args[:3])))]
+        return self
+
+    def __exit__(self, *error):
+        for hook in self.hooks:
+            hook.remove()

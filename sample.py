@@ -18,6 +18,7 @@ import torch
 
 from data.common import Parser, encoding, fail, number, one_line, write_whole
 from data.engine import load_checkpoint, peak_memory, pick_device, pick_precision
+from model import Trace
 
 TEMPLATE = Path(__file__).resolve().parent / "assets" / "attention.html"
 ROOM = 1_900_000        # bytes of pictures in a page, so that it can be mailed
@@ -59,7 +60,9 @@ def parse_arguments():
 def pictures(model, idx):
     """For each layer, of one sequence idx (1, T): the estimate, the mask, the attention used and the dense
     attention of the same q and k, (H, T, T) each."""
-    for attention, q, k, v in model.attended(idx):
+    with Trace(model) as seen:
+        model(idx)
+    for attention, q, k, v in seen.attended:
         estimate, mask, used = attention.look(q, k, v)
         future = torch.ones_like(mask).triu(1)
         dense = (q @ k.mT).masked_fill(future, -torch.inf).softmax(-1)

@@ -425,13 +425,13 @@ class SEAttention(nn.Module):
         H, D, W = config.n_head, config.head_dim, config.map_width
         self.config = config
         self.encoder = encoder(D)
-        self.picture = row_scores(config) if config.cell_keys else Picture(config)
+        self.scores = row_scores(config) if config.cell_keys else Picture(config)
         self.gates = nn.Linear(2 * D, 2)
         nn.init.zeros_(self.gates.weight)
         nn.init.constant_(self.gates.bias, 5.0)  # sigmoid(5) = 0.993: starts as attention alone
-        self.score_scale = nn.Parameter(torch.ones(W))       # these two belong to picture's last LayerNorm,
-        self.score_bias = nn.Parameter(torch.zeros(W))       # whose W/4 scores come 4 times each
-        self.score_weights = nn.Parameter(torch.ones(2, H))  # of picture's score and of the cell keys'
+        self.score_scale = nn.Parameter(torch.ones(W))       # these two belong to the scores' LayerNorm,
+        self.score_bias = nn.Parameter(torch.zeros(W))       # of which 4 cells share a value
+        self.score_weights = nn.Parameter(torch.ones(2, H))  # of that score and of the cell keys'
         self.register_buffer("omega", orthogonal_features(D, config.num_features))
         self.kl = None
 
@@ -480,10 +480,10 @@ class SEAttention(nn.Module):
 
     def estimate(self, code, q, k_sum, first_row, cache):
         """log Q (B, H, R, W), the estimated mass of each cell."""
-        if isinstance(self.picture, Picture):                                      # it looks back
+        if isinstance(self.scores, Picture):                                       # it looks back
             code = torch.cat([*cache.codes, code], 2)                              # B H <=HALO+R 2D
             cache.codes = [code[:, :, -Picture.HALO:].clone()]
-        score = self.picture(code)[:, :, -q.shape[2]:]                             # B H R W/4
+        score = self.scores(code)[:, :, -q.shape[2]:]                              # B H R W/4
         weight, key_weight = self.score_weights                                    # H
         scale, bias = (weight[:, None] * x for x in (self.score_scale, self.score_bias))      # H W
         return implementation(q.device).log_mass(

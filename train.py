@@ -58,8 +58,9 @@ def parse_arguments():
     add("map_width", "W, cells in a row of the map")
     add("keys_per_query", "selected past keys per query and head, on average")
     add("query_block", "M, neighbouring queries that share cell bounds")
-    group.add_argument("--num-features", type=number(int, 1), default=64, help="F, width of phi")
-    group.add_argument("--cell-keys", action=argparse.BooleanOptionalAction, default=True,
+    group.add_argument("--num-features", type=number(int, 1), default=OPTConfig.num_features,
+                       help="F, width of phi")
+    group.add_argument("--cell-keys", action=argparse.BooleanOptionalAction, default=OPTConfig.cell_keys,
                        help="q . mean(keys of the cell) in each score, in place of the paper's CNN")
     group.add_argument("--kl-weight", type=number(float, 0), default=0.1, help="of the attention KL")
     group = parser.add_argument_group("training")

@@ -29,11 +29,11 @@ import torch.nn as nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.common import Parser, fail, number, one_line  # noqa: E402
 from data.engine import check_fit, pick_precision  # noqa: E402
-from distill import (SETTINGS, WEIGHTS, distill, keys_and_mass, load_teacher, open_data,  # noqa: E402
+from distill import (SETTINGS, WEIGHTS, distill, load_teacher, measure, open_data,  # noqa: E402
                      with_attention)
 from sea import (Cache, Picture, SEAttention, anchors, attention_kl, cell_bounds,  # noqa: E402
                  flat_csr_to_dense, implementation, row_scores, sinusoids)
-from train import add_compile, complete, evaluate  # noqa: E402
+from train import add_compile, complete  # noqa: E402
 
 DIGITS = dict(ppl_before=3, ppl=3, keys=1, mass=3, kl=4, seconds=0, steps=0)   # columns that are shown
 COLUMNS = ["variant", *DIGITS, "context", *SETTINGS, "batch_size", "lr", "seed"]
@@ -97,7 +97,7 @@ def become(kind):
 
 def scores_by(kind):
     """A change for Variant: the scores come from the CNN or do not, whatever the cell keys say."""
-    return lambda attention: setattr(attention, "picture", kind(attention.config).to(attention.omega.device))
+    return lambda attention: setattr(attention, "scores", kind(attention.config).to(attention.omega.device))
 
 
 def open_gates_halfway(attention):
@@ -208,15 +208,12 @@ def at_context(model, context):
 # ------------------------------------------------------------------------------------------------------------
 # The rows of the table
 
-def measure(model, tokens, args, precision):
+def columns_of(model, tokens, args, precision):
     """A model on held-out text, at its context of now."""
     windows = args.eval_windows * args.context // model.config.context       # as many tokens at any context
-    ppl = math.exp(evaluate(model, tokens, args.batch_size, windows, precision))
-    idx = torch.from_numpy(tokens[:model.config.context].astype("int64"))[None].to(args.device)
-    with precision:
-        keys, mass = keys_and_mass(model.eval(), idx)
+    loss, keys, mass = measure(model, tokens, args.batch_size, windows, precision)
     config = {name: getattr(model.config, name) for name in ("context", *SETTINGS)}
-    return dict(ppl=ppl, keys=keys, mass=mass, **config)
+    return dict(ppl=math.exp(loss), keys=keys, mass=mass, **config)
 
 
 def train(student, teacher, tokens, variant, args, precision):
@@ -246,7 +243,7 @@ def further_rows(name, variant, student, measured):
 
 def rows_of(name, teacher, tokens, evaluated, args, precision):
     """Make, train and measure a variant -> rows of the table, each when it is known."""
-    measured = lambda model: measure(model, evaluated, args, precision)
+    measured = lambda model: columns_of(model, evaluated, args, precision)
     variant, student, trained = VARIANTS[name], teacher, {}
     if name != "teacher":
         student = make_student(teacher, variant, args)

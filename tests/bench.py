@@ -156,8 +156,8 @@ def stage_rows(operator, q, k, v):
     values, k_sum = (sea.sinusoids(0, v).expand_as(v), v), sea.running_sum(k)
     attention = lambda: ops.kernel_attention(q, k, values, operator.omega)[0]
     seen = attention()
-    picture = lambda: operator.picture(operator.encoder(torch.cat([seen, v], -1)))
-    score = picture()
+    scores = lambda: operator.scores(operator.encoder(torch.cat([seen, v], -1)))
+    score = scores()
     scale, bias = operator.score_scale.expand(q.shape[1], W), operator.score_bias.expand(q.shape[1], W)
     log_mass = lambda: ops.log_mass(score, scale, bias, q, k_sum, operator.score_weights[1], M)
     mass = log_mass()
@@ -166,7 +166,7 @@ def stage_rows(operator, q, k, v):
     sparse, gates = ops.attend(q, k, v, mask), torch.rand(*q.shape[:3], 2, device=q.device, dtype=q.dtype)
     return {"running sum of k": (lambda: operator.sum_keys(k, sea.Cache()), None),
             "kernel attention": (attention, None),
-            "MLP, scores": (picture, None),
+            "MLP, scores": (scores, None),
             "cell keys, log mass": (log_mass, None),
             "select": (select, None),
             "attend": (lambda: ops.attend(q, k, v, mask), (q, k, v)),

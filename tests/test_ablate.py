@@ -74,10 +74,9 @@ def test_without_the_cnn_a_row_of_the_map_depends_on_its_code_alone():
     layers = [(attention(with_cnn), True), (attention(), False), (attention(cell_keys=False), True),
               (attention(without_cnn, cell_keys=False), False)]
     for layer, far in layers:
-        picture = layer.picture
-        changed = picture(torch.cat([torch.randn(1, H, 10, 32), code[:, :, 10:]], 2))
-        assert torch.equal(picture(code)[:, :, 18:], changed[:, :, 18:])        # 8 rows back at most
-        assert torch.equal(picture(code)[:, :, 10:], changed[:, :, 10:]) != far
+        changed = layer.scores(torch.cat([torch.randn(1, H, 10, 32), code[:, :, 10:]], 2))
+        assert torch.equal(layer.scores(code)[:, :, 18:], changed[:, :, 18:])        # 8 rows back at most
+        assert torch.equal(layer.scores(code)[:, :, 10:], changed[:, :, 10:]) != far
 
 
 def test_a_table_of_students(tmp_path, monkeypatch, capsys):

@@ -15,7 +15,7 @@ import torch
 
 import sample
 from data.engine import save_checkpoint
-from model import OPT, OPTConfig
+from model import OPT, OPTConfig, Trace
 
 # tokens to trip over: tags, halves of a character, controls
 ODD = [b"</script>", b"<!--", b"<script>", b" <b>", b"&amp;\"'\\", b"PAGE_DATA", "\u00e9".encode(),
@@ -81,7 +81,9 @@ def test_the_pictures_are_those_of_look(written):
     assert list(data["layers"]) == ["0", "1", "2", "3"] and data["query_block"] == 8
     for layer, head in ((0, 0), (1, 3), (3, 2)):
         shown = data["layers"][str(layer)][head]
-        attention, *qkv = model.attended(idx)[layer]
+        with Trace(model) as seen:
+            model(idx)
+        attention, *qkv = seen.attended[layer]
         estimate, mask, used = (picture[0, head] for picture in attention.look(*qkv))
         for name, picture in (("estimate", estimate), ("used", used), ("mask", mask.float())):
             exact = 255 * picture.detach().numpy().astype(np.float64) ** (1 / 3)
