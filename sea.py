@@ -367,9 +367,15 @@ class LayerNorm(nn.LayerNorm):
             return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
-def encoder(D):
-    """The MLP: what rows see by kernel attention and their v, (B, H, R, 3D) -> their codes (B, H, R, 2D)."""
-    return nn.Sequential(nn.Linear(3 * D, 2 * D), LayerNorm(2 * D), nn.GELU())
+class Encoder(nn.Module):
+    """The MLP: what rows see by kernel attention (B, H, R, 2D) and their v -> their codes (B, H, R, 2D)."""
+
+    def __init__(self, D):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(3 * D, 2 * D), LayerNorm(2 * D)
+
+    def forward(self, seen, v):
+        return F.gelu(self.norm(self.linear(torch.cat([seen.to(v.dtype), v], -1))))
 
 
 def row_scores(config):
@@ -424,7 +430,7 @@ class SEAttention(nn.Module):
         super().__init__()
         H, D, W = config.n_head, config.head_dim, config.map_width
         self.config = config
-        self.encoder = encoder(D)
+        self.encoder = Encoder(D)
         self.scores = row_scores(config) if config.cell_keys else Picture(config)
         self.gates = nn.Linear(2 * D, 2)
         nn.init.zeros_(self.gates.weight)
@@ -476,7 +482,7 @@ class SEAttention(nn.Module):
         """A code for each row, from what it attends to by kernel attention, in time linear in T."""
         values = position.expand_as(v), v                                          # B H R D each
         seen, *cache.sums = implementation(q.device).kernel_attention(q, k, values, self.omega, *cache.sums)
-        return self.encoder(torch.cat([seen.to(v.dtype), v], -1))                  # B H R 2D
+        return self.encoder(seen, v)                                               # B H R 2D
 
     def estimate(self, code, q, k_sum, first_row, cache):
         """log Q (B, H, R, W), the estimated mass of each cell."""

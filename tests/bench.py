@@ -156,7 +156,7 @@ def stage_rows(operator, q, k, v):
     values, k_sum = (sea.sinusoids(0, v).expand_as(v), v), sea.running_sum(k)
     attention = lambda: ops.kernel_attention(q, k, values, operator.omega)[0]
     seen = attention()
-    scores = lambda: operator.scores(operator.encoder(torch.cat([seen, v], -1)))
+    scores = lambda: operator.scores(operator.encoder(seen, v))
     score = scores()
     scale, bias = operator.score_scale.expand(q.shape[1], W), operator.score_bias.expand(q.shape[1], W)
     log_mass = lambda: ops.log_mass(score, scale, bias, q, k_sum, operator.score_weights[1], M)
