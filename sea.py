@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MAP_ROWS = 8192    # rows of the map that are made at a time: what bounds the memory at inference
+KL_STEP = 4        # one block in so many is compared with the teacher, which takes time quadratic in T
 
 
 @dataclass
@@ -502,10 +503,15 @@ class SEAttention(nn.Module):
         return implementation(log_mass.device).select(log_mass, M, keys, first_row)
 
     def distance(self, log_mass, teacher, first_row):
-        """attention_kl of these rows to the attention of the teacher's q and k: (B, H, R)."""
-        M, W, R = self.config.query_block, self.config.map_width, log_mass.shape[2]
-        (q, k), blocks = (x.detach() for x in teacher), anchors(first_row, R, M, log_mass.device) // M
-        return attention_kl(log_mass, implementation(log_mass.device).pool(q, k, M, W, blocks)[:, :, :R])
+        """attention_kl of the rows of every KL_STEP-th block, counted from the last, to the attention of the
+        teacher's q and k: (B, H, r). first_row is the first of a block."""
+        M, W, R, device = self.config.query_block, self.config.map_width, log_mass.shape[2], log_mass.device
+        (q, k), last = (x.detach() for x in teacher), (teacher[0].shape[2] - 1) // M
+        blocks = anchors(first_row, R, M, device)[(last - first_row // M) % KL_STEP::KL_STEP] // M      # n
+        rows = (blocks[:, None] * M + torch.arange(M, device=device)).flatten() - first_row   # nM
+        rows = rows[:len(rows) - (-R % M)]             # r: the last block may have fewer than M
+        target = implementation(device).pool(q, k, M, W, blocks)[:, :, :len(rows)]            # B H r W
+        return attention_kl(log_mass[:, :, rows], target)
 
     def mix(self, sparse, v, gates, cache):
         """g_mix * (g_prob * sparse) + (1 - g_mix) * mean(v_0 .. v_t), two gates for each query and head."""

@@ -58,14 +58,17 @@ def test_cells_chosen_by_the_true_mass_keep_the_most():
         assert mass_on(mask_of(attention(change), q, k, v), q, k) < best
 
 
-def test_a_quarter_of_the_kl_is_that_of_some_blocks():
-    q, k, v = qkv()
-    layer, quarter = attention(), attention(ablate.become(ablate.QuarterKL))
+@pytest.mark.parametrize("length", [1, M, 3 * M + 1, 4 * M, T])
+def test_the_kl_is_that_of_every_fourth_block_with_the_last(length):
+    q, k, v = (x[:, :, :length] for x in qkv())
+    layer, whole = attention(), attention(ablate.become(ablate.WholeKL))
     code = layer.encode(q, k, v, sea.sinusoids(0, v), sea.Cache())
     log_mass = layer.estimate(code, q, sea.running_sum(k), 0, sea.Cache())
-    whole, some = layer.distance(log_mass, (q, k), 0), quarter.distance(log_mass, (q, k), 0)
-    assert some.shape[2] <= -(-T // M) // 4 * M
-    assert (whole[:, :, :, None] - some[:, :, None]).abs().amin(2).max() < 1e-6
+    block = torch.arange(length) // M
+    chosen = (block[-1] - block) % 4 == 0
+    some, every = (x.distance(log_mass, (q, k), 0) for x in (layer, whole))
+    assert every.shape == (1, H, length) and (length <= M or every[:, :, -1].min() > 0)
+    assert torch.allclose(some, every[:, :, chosen], atol=1e-6)
 
 
 def test_without_the_cnn_a_row_of_the_map_depends_on_its_code_alone():
