@@ -362,9 +362,8 @@ def load_estimates(mass, b, row, R, column, a, H: tl.constexpr, W: tl.constexpr)
     address = mass[0] + b.to(tl.int64) * mass[1] + row.to(tl.int64) * mass[3] + h.to(tl.int64) * mass[2] + c
     x = tl.load(address, mask=h < heads, other=0).to(tl.float32)            # four at a time: not yet `full`
     full = (h < heads) & ((c + 1) * few // W > c * few // W)
-    bits = x.to(tl.int32, bitcast=True)
-    bits = tl.where(bits < 0, bits ^ HIGHEST, bits)
-    bits = tl.where(x == 0, 0, tl.where(x != x, HIGHEST, bits))
+    bits = (x + 0.0).to(tl.int32, bitcast=True)                             # -0 + 0 is 0
+    bits = tl.where(x != x, HIGHEST, bits ^ (bits >> 31 & HIGHEST))         # negative ones ascend, too
     return tl.where(full, bits, LOWEST)
 
 
@@ -402,7 +401,7 @@ def flat_csr_kernel(mass, level, limit, first, crow, cells, queries, first_row, 
     real = (row >= 0) & (row < R)
     low = tl.load(level + b.to(tl.int64) * R + row, mask=real, other=HIGHEST)[:, None]
     end = tl.load(limit + b.to(tl.int64) * R + row, mask=real, other=0)[:, None]
-    for c in range(0, H * W, COLUMNS):
+    for c in tl.range(0, H * W, COLUMNS, num_stages=3):                     # loads run ahead of the sums
         column = c + tl.arange(0, COLUMNS)
         x = load_estimates(mass, b, row[:, None], R, column[None, :], a, H, W)                # M COLUMNS
         chosen = (x > low) | ((x == low) & (column[None, :] < end))
