@@ -72,12 +72,12 @@ def draw(estimate, mask, used, dense, block, path):
     figure.savefig(path, dpi=160)
 
 
-def curves(path, query_block):
-    """Forward passes in a CSV of tests/bench.py: {name: {T: (ms, MiB or None)}}, dense attention first."""
+def curves(path, query_block, passes):
+    """Of a CSV of tests/bench.py, for a pass: {name: {T: (ms, MiB or None)}}, dense attention first."""
     found, number = {}, lambda text: float(text) if text[:1].isdigit() else None
     for row in csv.DictReader(open(path, newline="")):
         dense, sea = row["what"].startswith(("SDPA", "materialised")), row["what"] == "operator"
-        if row["pass"] != "forward" or not (dense or sea and row["M"] == str(query_block)):
+        if row["pass"] != passes or not (dense or sea and row["M"] == str(query_block)):
             continue
         name = row["what"] if dense else f"SEA, {row['keys_per_query']} keys, W {row['map_width']}"
         if number(row["ms"]) is not None:
@@ -86,46 +86,51 @@ def curves(path, query_block):
 
 
 def crossing(ours, theirs):
-    """Where the first falls below the second, both {T: ms}: T on a line between points in logarithms."""
+    """Where the first falls below the second, {T: ms} both: (T, ms) on a line in logarithms."""
     both = sorted(T for T in ours if T in theirs)
     gap = {T: math.log(ours[T] / theirs[T]) for T in both}
     for low, high in zip(both, both[1:]):
         if gap[low] > 0 >= gap[high]:
-            return low * (high / low) ** (gap[low] / (gap[low] - gap[high]))
+            way = gap[low] / (gap[low] - gap[high])
+            return low * (high / low) ** way, theirs[low] * (theirs[high] / theirs[low]) ** way
 
 
-def draw_speed(found, path):
+def draw_curves(axis, lines, colors):
+    """{name: {T: value}} on logarithmic axes."""
+    for name, values in lines.items():
+        axis.plot(*zip(*sorted(values.items())), "o-", ms=4, color=colors[name], label=name)
+    ticks = sorted({T for values in lines.values() for T in values})
+    axis.set_xscale("log", base=2)
+    axis.set(yscale="log", xlabel="T, tokens")
+    axis.set_xticks(ticks, [f"{T // 1024}k" if T >= 1024 else T for T in ticks])
+    axis.grid(alpha=0.3)
+
+
+def draw_speed(forward, both, path):
     """Time and memory over T, with a ring where SEA becomes quicker than the quickest dense attention."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     plt.rcParams.update({"font.size": 11, "axes.edgecolor": "#888888"})
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
     shades = {True: iter(2 * [STOPS[3], STOPS[5], STOPS[2]]), False: iter(["#9a9a9a", "#5c5c5c", "#c9a227"])}
-    colors = {name: next(shades[name.startswith("SEA")]) for name in found}
-    times = {name: {T: ms for T, (ms, _) in points.items()} for name, points in found.items()}
-    best = {}
-    for name, points in times.items():
-        for T, ms in points.items() if name.startswith("SDPA") else []:
-            best[T] = min(ms, best.get(T, ms))
-    for name, points in found.items():
-        for axis, values in zip(axes, (times[name], {T: mib for T, (_, mib) in points.items() if mib})):
-            axis.plot(sorted(values), [values[T] for T in sorted(values)], "o-", ms=4, color=colors[name],
-                      label=name)
-        T = crossing(times[name], best) if name.startswith("SEA") else None
-        if T:
-            low, high = max(t for t in best if t <= T), min(t for t in best if t >= T)
-            ms = best[low] * (best[high] / best[low]) ** (math.log(T / low) / math.log(high / low))
-            axes[0].plot(T, ms, "o", ms=13, mfc="none", mec=colors[name])
-            axes[0].annotate(f"{T / 1024:.0f}k", (T, ms), (8, -14), textcoords="offset points",
-                             color=colors[name])
-    for axis, title in zip(axes, ("forward, ms", "memory above the inputs, MiB")):
-        axis.set_xscale("log", base=2)
-        axis.set(yscale="log", xlabel="T, tokens")
-        axis.set_title(title, loc="left", fontweight="bold")
-        ticks = sorted({T for points in found.values() for T in points})
-        axis.set_xticks(ticks, [f"{T // 1024}k" if T >= 1024 else T for T in ticks])
-        axis.grid(alpha=0.3)
+    colors = {name: next(shades[name.startswith("SEA")]) for name in forward}
+    for axis, found in zip(axes, (forward, both)):
+        times, best = {name: {T: ms for T, (ms, _) in line.items()} for name, line in found.items()}, {}
+        for name, line in times.items():
+            for T, ms in line.items() if name.startswith("SDPA") else []:
+                best[T] = min(ms, best.get(T, ms))
+        draw_curves(axis, times, colors)
+        for name, line in times.items():
+            if name.startswith("SEA") and (point := crossing(line, best)):
+                axis.plot(*point, "o", ms=13, mfc="none", mec=colors[name])
+                axis.annotate(f"{point[0] / 1024:.0f}k", point, (8, -14), textcoords="offset points",
+                              color=colors[name])
+    memory = {name: {T: mib for T, (_, mib) in line.items() if mib} for name, line in forward.items()}
+    draw_curves(axes[2], memory, colors)
+    titles = "forward, ms", "forward + backward, ms", "forward: memory above the inputs, MiB"
+    for axis, title in zip(axes, titles):
+        axis.set_title(title, loc="left", fontweight="bold", fontsize=11)
     axes[0].legend(frameon=False)
     figure.savefig(path, dpi=160)
 
@@ -136,7 +141,7 @@ def main():
         return print(TEXT)
     if args.bench:
         path = Path(__file__).resolve().parent / "speed.png"
-        draw_speed(curves(args.bench, args.query_block), path)
+        draw_speed(*(curves(args.bench, args.query_block, kind) for kind in ("forward", "fwd + bwd")), path)
         return print(path)
     model, rest = load_checkpoint(args.checkpoint, "cpu")
     config = model.eval().config
