@@ -422,7 +422,8 @@ class SEAttention(nn.Module):
     """Attention to the keys that a learned estimate of the attention matrix selects.
 
     forward: q (already scaled by D**-0.5), k, v (B, H, T, D) -> (B, H, T, D). `teacher` is the pair (q, k)
-    whose attention the estimate should match; then `self.kl` holds the distance, nats per query.
+    whose attention the estimate should match; then `self.kl` holds the distance, nats per query, a mean over
+    a quarter of the blocks.
     In decoding q holds the last R rows of T, and `cache` what the layer knows of those before.
     """
     cumulative_sum = staticmethod(cumulative_sum)        # here, so that it can be compiled with the layer
@@ -465,7 +466,7 @@ class SEAttention(nn.Module):
         return join(masks), torch.cat(gates, 2), None if teacher is None else torch.cat(kl, 2).mean()
 
     def select_rows(self, q, k, v, position, k_sum, first_row, teacher, cache):
-        """Up to MAP_ROWS rows: what is selected, gates (B, H, R, 2), the KL of each row (B, H, R)."""
+        """Up to MAP_ROWS rows: what is selected, gates (B, H, R, 2), the KL of some rows (B, H, r)."""
         code = self.encode(q, k, v, position, cache)                               # B H R 2D
         log_mass = self.estimate(code, q, k_sum, first_row, cache)                 # B H R W
         kl = None if teacher is None else self.distance(log_mass, teacher, first_row)
@@ -503,15 +504,16 @@ class SEAttention(nn.Module):
         return implementation(log_mass.device).select(log_mass, M, keys, first_row)
 
     def distance(self, log_mass, teacher, first_row):
-        """attention_kl of the rows of every KL_STEP-th block, counted from the last, to the attention of the
-        teacher's q and k: (B, H, r). first_row is the first of a block."""
+        """attention_kl to the attention of the teacher's q and k, (B, H, r): of the rows of every KL_STEP-th
+        block, counted back from the last of T, which is one of them. first_row is the first of a block."""
         M, W, R, device = self.config.query_block, self.config.map_width, log_mass.shape[2], log_mass.device
-        (q, k), last = (x.detach() for x in teacher), (teacher[0].shape[2] - 1) // M
-        blocks = anchors(first_row, R, M, device)[(last - first_row // M) % KL_STEP::KL_STEP] // M      # n
-        rows = (blocks[:, None] * M + torch.arange(M, device=device)).flatten() - first_row   # nM
-        rows = rows[:len(rows) - (-R % M)]             # r: the last block may have fewer than M
+        q, k = (x.detach() for x in teacher)                                       # B H T D
+        first, last = first_row // M, (k.shape[2] - 1) // M
+        blocks = anchors(first_row, R, M, device)[(last - first) % KL_STEP::KL_STEP] // M     # n
+        rows = (blocks[:, None] * M + torch.arange(M, device=device)).flatten() - first_row   # n*M
+        rows = rows[:len(rows) - (-R % M)]                 # r: T may end inside the last block, and R with it
         target = implementation(device).pool(q, k, M, W, blocks)[:, :, :len(rows)]            # B H r W
-        return attention_kl(log_mass[:, :, rows], target)
+        return attention_kl(log_mass.index_select(2, rows), target)
 
     def mix(self, sparse, v, gates, cache):
         """g_mix * (g_prob * sparse) + (1 - g_mix) * mean(v_0 .. v_t), two gates for each query and head."""

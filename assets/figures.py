@@ -72,12 +72,12 @@ def draw(estimate, mask, used, dense, block, path):
     figure.savefig(path, dpi=160)
 
 
-def curves(path, query_block, passes):
-    """Of a CSV of tests/bench.py, for a pass: {name: {T: (ms, MiB or None)}}, dense attention first."""
+def curves(path, query_block, kind):
+    """One kind of pass in a CSV of tests/bench.py: {name: {T: (ms, MiB or None)}}, dense attention first."""
     found, number = {}, lambda text: float(text) if text[:1].isdigit() else None
     for row in csv.DictReader(open(path, newline="")):
         dense, sea = row["what"].startswith(("SDPA", "materialised")), row["what"] == "operator"
-        if row["pass"] != passes or not (dense or sea and row["M"] == str(query_block)):
+        if row["pass"] != kind or not (dense or sea and row["M"] == str(query_block)):
             continue
         name = row["what"] if dense else f"SEA, {row['keys_per_query']} keys, W {row['map_width']}"
         if number(row["ms"]) is not None:
@@ -87,9 +87,8 @@ def curves(path, query_block, passes):
 
 def crossing(ours, theirs):
     """Where the first falls below the second, {T: ms} both: (T, ms) on a line in logarithms."""
-    both = sorted(T for T in ours if T in theirs)
-    gap = {T: math.log(ours[T] / theirs[T]) for T in both}
-    for low, high in zip(both, both[1:]):
+    gap = {T: math.log(ours[T] / theirs[T]) for T in sorted(ours) if T in theirs}
+    for low, high in zip(gap, list(gap)[1:]):
         if gap[low] > 0 >= gap[high]:
             way = gap[low] / (gap[low] - gap[high])
             return low * (high / low) ** way, theirs[low] * (theirs[high] / theirs[low]) ** way
@@ -106,7 +105,7 @@ def draw_curves(axis, lines, colors):
     axis.grid(alpha=0.3)
 
 
-def draw_speed(forward, both, path):
+def draw_speed(forward, with_backward, path):
     """Time and memory over T, with a ring where SEA becomes quicker than the quickest dense attention."""
     import matplotlib
     matplotlib.use("Agg")
@@ -115,11 +114,10 @@ def draw_speed(forward, both, path):
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
     shades = {True: iter(2 * [STOPS[3], STOPS[5], STOPS[2]]), False: iter(["#9a9a9a", "#5c5c5c", "#c9a227"])}
     colors = {name: next(shades[name.startswith("SEA")]) for name in forward}
-    for axis, found in zip(axes, (forward, both)):
-        times, best = {name: {T: ms for T, (ms, _) in line.items()} for name, line in found.items()}, {}
-        for name, line in times.items():
-            for T, ms in line.items() if name.startswith("SDPA") else []:
-                best[T] = min(ms, best.get(T, ms))
+    for axis, found in zip(axes, (forward, with_backward)):
+        times = {name: {T: ms for T, (ms, _) in line.items()} for name, line in found.items()}
+        dense = [line for name, line in times.items() if name.startswith("SDPA")]
+        best = {T: min(line[T] for line in dense if T in line) for T in set().union(*dense)}
         draw_curves(axis, times, colors)
         for name, line in times.items():
             if name.startswith("SEA") and (point := crossing(line, best)):

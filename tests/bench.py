@@ -9,10 +9,10 @@ dense attention in the same run; then a model's training step. Prints tables and
 
 Times are medians in ms (on a GPU triton.testing.do_bench, after a warm-up), memory is the peak above what was
 allocated before, in MiB. A stage runs over all rows at once, the operator over a chunk of rows at a time,
-with its MLP, scores, sums and mix compiled. On a GPU passes under 50 ms are replays of a CUDA graph, those of
-dense attention too, and so free of Python's time; "operator, as called" is not. A training step is replayed
-as train.py's is; compiled as distill.py's. Its memory is what comes on top of weights, gradients and AdamW's
-means, without a CUDA graph.
+with its MLP, scores, sums and mix compiled. On a GPU passes that take under 50 ms as called are then replays
+of a CUDA graph, those of dense attention too, and so free of Python's time; "operator, as called" never is.
+A training step is replayed as train.py's is; compiled as distill.py's. Its memory is what comes on top of
+weights, gradients and AdamW's means, without a CUDA graph.
 q, k and v are synthetic: differences of a random walk over SMOOTH tokens, so that neighbours are as alike as
 in a trained model. That matters for the `union` in a table's head: cells in a row of FlatCSR over cells that
 one of its queries chose (1.7 to 1.8 at M = 8 in a trained model).
@@ -177,7 +177,7 @@ def stage_rows(operator, q, k, v):
 
 def operator_rows(operator, q, k, v):
     def with_kl():
-        operator.kl = None               # a graph cannot record while autograd's nodes of another stream live
+        operator.kl = None               # it keeps autograd's nodes of the last call, of another stream
         out = operator(q, k, v, teacher=(q.detach(), k.detach()))
         return torch.cat([out.flatten(), operator.kl.view(1).to(out.dtype)])
     inputs, alone = (q, k, v, *operator.parameters()), lambda: operator(q, k, v)
