@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MAP_ROWS = 8192    # rows of the map that are made at a time: what bounds the memory at inference
-KL_STEP = 4        # one block in so many is compared with the teacher, which takes time quadratic in T
 
 
 @dataclass
@@ -56,6 +55,11 @@ class SEAConfig:
 def anchors(first_row, R, M, device=None):
     """Anchors of the N blocks that hold rows first_row .. first_row + R-1: (N,) int64."""
     return torch.arange(first_row // M, -(-(first_row + R) // M), device=device) * M
+
+
+def rows_of(blocks, M):
+    """Rows of blocks, also those that the last one may lack: (N,) int64 -> (N*M,)."""
+    return (blocks[:, None] * M + torch.arange(M, device=blocks.device)).flatten()
 
 
 def cell_bounds(anchor, W):
@@ -250,7 +254,7 @@ def pool(q, k, query_block, map_width, blocks=None, chunk=256):
     (B, H, T, _), M, W = q.shape, query_block, map_width
     wanted, out = torch.arange(-(-T // M)) if blocks is None else blocks, []
     for few in wanted.to(q.device).split(max(1, chunk // M)):
-        rows = (few[:, None] * M + torch.arange(M, device=q.device)).flatten()                # R
+        rows = rows_of(few, M)                                                                # R
         past, cell = cell_of_key(rows, T, M, W)                                               # R T
         past = past & (rows < T)[:, None]
         scores = (wide(q[:, :, rows.clamp(max=T - 1)]) @ wide(k).mT).to(running_dtype(q))     # B H R T
@@ -423,9 +427,10 @@ class SEAttention(nn.Module):
 
     forward: q (already scaled by D**-0.5), k, v (B, H, T, D) -> (B, H, T, D). `teacher` is the pair (q, k)
     whose attention the estimate should match; then `self.kl` holds the distance, nats per query, a mean over
-    a quarter of the blocks.
+    one block in KL_STEP.
     In decoding q holds the last R rows of T, and `cache` what the layer knows of those before.
     """
+    KL_STEP = 4        # one block in so many is compared with the teacher, which takes time quadratic in T
     cumulative_sum = staticmethod(cumulative_sum)        # here, so that it can be compiled with the layer
 
     def __init__(self, config):
@@ -509,11 +514,10 @@ class SEAttention(nn.Module):
         M, W, R, device = self.config.query_block, self.config.map_width, log_mass.shape[2], log_mass.device
         q, k = (x.detach() for x in teacher)                                       # B H T D
         first, last = first_row // M, (k.shape[2] - 1) // M
-        blocks = anchors(first_row, R, M, device)[(last - first) % KL_STEP::KL_STEP] // M     # n
-        rows = (blocks[:, None] * M + torch.arange(M, device=device)).flatten() - first_row   # n*M
-        rows = rows[:len(rows) - (-R % M)]                 # r: T may end inside the last block, and R with it
+        blocks = anchors(first_row, R, M, device)[(last - first) % self.KL_STEP::self.KL_STEP] // M     # n
+        rows = rows_of(blocks, M)[:len(blocks) * M - (-R % M)]     # r: T may end inside the last block
         target = implementation(device).pool(q, k, M, W, blocks)[:, :, :len(rows)]            # B H r W
-        return attention_kl(log_mass.index_select(2, rows), target)
+        return attention_kl(log_mass.index_select(2, rows - first_row), target)
 
     def mix(self, sparse, v, gates, cache):
         """g_mix * (g_prob * sparse) + (1 - g_mix) * mean(v_0 .. v_t), two gates for each query and head."""

@@ -90,8 +90,8 @@ def crossing(ours, theirs):
     gap = {T: math.log(ours[T] / theirs[T]) for T in sorted(ours) if T in theirs}
     for low, high in zip(gap, list(gap)[1:]):
         if gap[low] > 0 >= gap[high]:
-            way = gap[low] / (gap[low] - gap[high])
-            return low * (high / low) ** way, theirs[low] * (theirs[high] / theirs[low]) ** way
+            part = gap[low] / (gap[low] - gap[high])
+            return low * (high / low) ** part, theirs[low] * (theirs[high] / theirs[low]) ** part
 
 
 def draw_curves(axis, lines, colors):

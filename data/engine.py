@@ -161,7 +161,7 @@ def compile_estimators(model):
     distill.py's hooks read, and nothing whose code depends on T."""
     for attention in (module for module in model.modules() if isinstance(module, sea.SEAttention)):
         attention.encoder.compile()
-        attention.scores.compile()
+        attention.scores.compile()                 # of a Sequential each part by itself
         attention.cumulative_sum = torch.compile(attention.cumulative_sum)
         attention.mix_rows = torch.compile(attention.mix_rows)
 

@@ -31,8 +31,8 @@ from data.common import Parser, fail, number, one_line  # noqa: E402
 from data.engine import check_fit, pick_precision  # noqa: E402
 from distill import (SETTINGS, WEIGHTS, distill, load_teacher, measure, open_data,  # noqa: E402
                      with_attention)
-from sea import (Cache, Picture, SEAttention, anchors, attention_kl, cell_bounds,  # noqa: E402
-                 flat_csr_to_dense, implementation, row_scores, sinusoids)
+from sea import (Cache, Picture, SEAttention, cell_bounds, flat_csr_to_dense, implementation,  # noqa: E402
+                 row_scores, sinusoids)
 from train import add_compile, complete  # noqa: E402
 
 DIGITS = dict(ppl_before=3, ppl=3, keys=1, mass=3, kl=4, seconds=0, steps=0)   # columns that are shown
@@ -72,11 +72,7 @@ class TrueMass(SEAttention):
 
 
 class WholeKL(SEAttention):
-    def distance(self, log_mass, teacher, first_row):
-        """attention_kl of every row: (B, H, R)."""
-        M, W, R = self.config.query_block, self.config.map_width, log_mass.shape[2]
-        (q, k), blocks = (x.detach() for x in teacher), anchors(first_row, R, M, log_mass.device) // M
-        return attention_kl(log_mass, implementation(log_mass.device).pool(q, k, M, W, blocks)[:, :, :R])
+    KL_STEP = 1
 
 
 class CellKeysAlone(SEAttention):

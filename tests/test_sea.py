@@ -233,6 +233,17 @@ def test_log_mass_is_the_softmax_over_keys_summed_in_cells(T, M, share, cell_key
     assert torch.allclose(mass[:, :, rows], wanted[:, :, rows], atol=1e-12)
 
 
+@pytest.mark.parametrize("T", [1, 8, 25, 32, 100])
+def test_the_kl_is_that_of_every_fourth_block_with_the_last(T, M=8, W=16):
+    layer, (q, k, _) = attention(T, M, W=W), qkv(2, 3, T, 16)
+    log_mass = torch.randn(2, 3, T, W).log_softmax(-1)
+    every = sea.attention_kl(log_mass, sea.pool(q, k, M, W))
+    block = torch.arange(T) // M
+    chosen = (block[-1] - block) % 4 == 0
+    assert every.shape == (2, 3, T) and (T <= M or every[:, :, -1].min() > 0)
+    assert torch.allclose(layer.distance(log_mass, (q, k), 0), every[:, :, chosen], atol=1e-6)
+
+
 @pytest.mark.parametrize("M", [1, 16])
 def test_rows_go_through_in_chunks_with_the_same_result(M, monkeypatch):
     layer, (q, k, v) = attention(257, M), qkv(2, 3, 257, 16)
