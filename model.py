@@ -1,254 +1,421 @@
 """
-The OPT decoder (Zhang et al., 2022), from scratch: learned positions with OPT's offset of 2, pre-norm blocks
-with biases (opt-350m: post-norm), ReLU MLP, final LayerNorm, output tied to the token embedding. Module names
-are those of the published weights, which OPT.from_pretrained reads.
+Two decoders, from scratch: OPT (Zhang et al., 2022) and Llama (Touvron et al., 2023), under one class.
 
-OPTConfig.attention names the attention: sea, or what it is compared with: dense, performer, window.
+    opt     learned positions with OPT's offset of 2, LayerNorm, biases, ReLU (opt-350m: norms after the sums)
+    llama   rotary positions, RMSNorm, SwiGLU, key heads that query heads share, no biases
+
+Parameter names are those of the published weights, which Transformer.from_pretrained reads. Config.attention
+names the attention: sea, the paper's own estimator, or what both are compared with: dense, performer, window.
 """
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import sea
 from data import hub
-from sea import (Cache, SEAConfig, SEAttention, attend_rows, kernel_attention, orthogonal_features,
-                 sinusoids)
 
 POSITION_OFFSET = 2      # OPT keeps rows 0 and 1 of its position table for padding
 
 
 @dataclass
-class OPTConfig:
+class Config:
     vocab_size: int = 256
     context: int = 2048          # T, tokens that the model can look at
     n_layer: int = 6
     n_head: int = 6
+    n_kv_head: int = 0           # heads of k and v, each shared by n_head / n_kv_head of q; 0: n_head
     n_embd: int = 384
-    attention: str = "sea"       # sea, dense, performer or window
-    map_width: int = SEAConfig.map_width
-    keys_per_query: int = SEAConfig.keys_per_query
-    query_block: int = SEAConfig.query_block
-    num_features: int = SEAConfig.num_features
-    cell_keys: bool = SEAConfig.cell_keys
+    n_ffn: int = 0               # width of the MLP; 0: 4 n_embd, for llama 8/3 of it
+    architecture: str = "opt"    # opt or llama
     post_norm: bool = False      # opt-350m: LayerNorm after each residual sum, and none at the end
     token_embd: int = 0          # E, width of the token embedding where it is not n_embd (opt-350m: 512)
+    rope_base: float = 10000.
+    norm_eps: float = 1e-5
+    tied: bool = True            # the output's matrix is the token embedding
+    attention: str = "sea"       # sea, paper, dense, performer or window
+    block_size: int = 8
+    keys_per_query: int = 48     # beside the first block, the one before the query's own and its own
+    coarse: int = 8
+    map_width: int = 128         # of paper: columns of its picture of the attention
+    num_features: int = 64       # of paper and performer: random features of their kernel attention
 
     def __post_init__(self):
-        if self.attention not in ATTENTIONS:
-            raise ValueError(f"attention is {self.attention!r}; choose one of {', '.join(ATTENTIONS)}")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
-        if min(self.vocab_size, self.context, self.n_layer) < 1:
-            raise ValueError("vocab_size, context and n_layer must be 1 or more")
-        self.sea()
+        self.n_kv_head = self.n_kv_head or self.n_head
+        if not self.n_ffn:       # SwiGLU has three matrices: as many weights as two of 4 n_embd
+            self.n_ffn = 4 * self.n_embd if self.architecture == "opt" else -(-self.n_embd * 8 // 96) * 32
+        for name, known in dict(attention=ATTENTIONS, architecture=BLOCKS).items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(known)}")
+        for name in ("vocab_size context n_layer n_head n_kv_head n_embd n_ffn block_size keys_per_query "
+                     "coarse map_width num_features").split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        if self.n_embd % self.n_head or self.n_head % self.n_kv_head:
+            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head}), "
+                             f"and that of n_kv_head ({self.n_kv_head})")
+        if self.architecture == "llama" and self.head_dim % 2:
+            raise ValueError(f"a head is {self.head_dim} wide; rotary positions need an even width")
+        if self.attention == "paper" and self.map_width % 4:
+            raise ValueError(f"map_width is {self.map_width}; it must be a multiple of 4")
 
-    def sea(self):
-        return SEAConfig(self.n_head, self.n_embd // self.n_head, self.map_width, self.keys_per_query,
-                         self.query_block, self.num_features, self.cell_keys)
+    @property
+    def head_dim(self):
+        return self.n_embd // self.n_head
 
 
-def attend_one(q, k, v):
-    """Dense attention of one query, as in decoding; not by cuDNN, which would make a plan for each new T."""
-    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-        return F.scaled_dot_product_attention(q, k, v, scale=1.0)
+class Output(NamedTuple):
+    logits: torch.Tensor         # (B, T, V)
+    loss: torch.Tensor           # nats per token; None without targets
+    kl: torch.Tensor             # mean over layers of the estimate's distance to its teacher; None without one
+    trace: list                  # a Layer for each layer, where asked for
 
 
-class DenseAttention(nn.Module):
+class Layer(NamedTuple):
+    """What a layer computed: its output, its attention's output (B, T, C), and what it attended with."""
+    hidden: torch.Tensor
+    attended: torch.Tensor
+    q: torch.Tensor              # (B, H, T, D)
+    k: torch.Tensor              # (B, Hkv, T, D), v too
+    v: torch.Tensor
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Kinds of attention: q (B, H, R, D), the last R of T queries, k and v (B, Hkv, T, D)
+# -> (B, H, R, D), and a distance that training lowers, or None
+
+class SEA(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+
+    def forward(self, q, k, v, teacher=None):
+        c = self.config
+        return sea.sea_attention(q, k, v, c.block_size, c.keys_per_query, c.coarse), None
+
+
+class Paper(nn.Module):
+    """SEA with the estimate that the paper learns. teacher: the (q, k) whose attention it is to match."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.estimator = sea.PaperEstimator(config.n_head, config.head_dim, config.map_width,
+                                            config.num_features)
+
+    def forward(self, q, k, v, teacher=None):
+        scale = self.config.head_dim ** -0.5
+        if teacher is not None:
+            teacher = teacher[0] * scale, teacher[1]
+        elif self.training:                      # from scratch, the model's own attention is its teacher
+            teacher = q * scale, k
+        return self.estimator(q * scale, k, v, self.config.block_size, self.config.keys_per_query, teacher)
+
+
+class Dense(nn.Module):
     def __init__(self, config):
         super().__init__()
 
-    def forward(self, q, k, v, teacher=None, cache=None):
+    def forward(self, q, k, v, teacher=None):
         R, T = q.shape[2], k.shape[2]
-        if R == 1:
-            return attend_one(q, k, v)
-        if R < T:
-            return attend_rows(q, k, v, lambda rows: rows[:, None] >= torch.arange(T, device=q.device))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
+        shared = q.shape[1] != k.shape[1]
+        if R == T:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared), None
+        past = torch.ones(R, T, dtype=torch.bool, device=q.device).tril(T - R)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=past, enable_gqa=shared), None
 
 
-class PerformerAttention(nn.Module):
-    """The kernel attention inside SEA's estimator, used as the attention itself."""
+class Performer(nn.Module):
+    """The paper's kernel attention, the estimator's first part, used as the attention itself."""
 
     def __init__(self, config):
         super().__init__()
-        D = config.n_embd // config.n_head
-        self.register_buffer("omega", orthogonal_features(D, config.num_features))
+        self.register_buffer("omega", sea.orthogonal_features(config.head_dim, config.num_features))
 
-    def forward(self, q, k, v, teacher=None, cache=None):
-        cache, R = cache or Cache(), q.shape[2]
-        out, *cache.sums = kernel_attention(q, k[:, :, -R:], [v[:, :, -R:]], self.omega, *cache.sums)
-        return out.to(v.dtype)
+    def forward(self, q, k, v, teacher=None):
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        v = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+        return sea.kernel_attention(q * q.shape[3] ** -0.5, k, v, self.omega).to(v.dtype), None
 
 
-class WindowAttention(nn.Module):
-    """The first FIRST tokens and the last ones: as many keys per query as SEA has, chosen by position alone.
-    It is computed as masked dense attention: a yardstick for quality, not for speed."""
+class Window(nn.Module):
+    """The first FIRST tokens and the last ones: as many keys as SEA has on average, chosen by position alone.
+
+    It is computed as masked dense attention: a yardstick for quality, not for speed.
+    """
     FIRST = 4
 
     def __init__(self, config):
         super().__init__()
-        own_block = (config.query_block + 1) // 2    # SEA's query also sees its own block: M/2 on average
-        self.last = max(1, config.keys_per_query + own_block - self.FIRST)
+        self.config = config
 
-    def allowed(self, rows, T):
-        """The keys that `rows` (R,) attend to: (R, T) bool."""
-        t, j = rows[:, None], torch.arange(T, device=rows.device)
-        return (j <= t) & ((j > t - self.last) | (j < self.FIRST))
+    def forward(self, q, k, v, teacher=None):
+        mask = self.mask(q.shape[2], k.shape[2], q.device)
+        shared = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=shared), None
 
-    def forward(self, q, k, v, teacher=None, cache=None):
-        if q.shape[2] == 1:                           # in decoding the keys between are not even read
-            ends = lambda x: torch.cat([x[:, :, :self.FIRST], x[:, :, self.FIRST:][:, :, -self.last:]], 2)
-            return attend_one(q, ends(k), ends(v))
-        return attend_rows(q, k, v, lambda rows: self.allowed(rows, k.shape[2]))
+    def mask(self, R, T, device):
+        """The keys that the last R of T queries attend to: (R, T) bool."""
+        S = self.config.block_size
+        n = max(1, self.config.keys_per_query // S)
+        last = (n + 2) * S + (S + 1) // 2 - self.FIRST               # SEA's blocks, and half of its own one
+        key = torch.arange(T, device=device)
+        query = key[T - R:, None]
+        return (key <= query) & ((key > query - last) | (key < self.FIRST))
 
 
-ATTENTIONS = {"sea": lambda config: SEAttention(config.sea()), "dense": DenseAttention,
-              "performer": PerformerAttention, "window": WindowAttention}
+ATTENTIONS = dict(sea=SEA, paper=Paper, dense=Dense, performer=Performer, window=Window)
+CACHED = "sea", "dense", "window"      # those that can go on from kept keys and values
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Blocks
+
+class Cache:
+    """Keys and values of the T tokens so far of one layer, in room for more."""
+
+    def __init__(self, room):
+        self.room = room
+        self.T = 0
+        self.k = self.v = None
+
+    def extend(self, k, v):
+        """Keep k and v of new tokens (B, Hkv, R, D) -> those of all, (B, Hkv, T, D)."""
+        if self.k is None:
+            B, H, _, D = k.shape
+            self.k = k.new_empty(B, H, self.room, D)
+            self.v = v.new_empty(B, H, self.room, D)
+        start = self.T
+        self.T += k.shape[2]
+        self.k[:, :, start:self.T] = k
+        self.v[:, :, start:self.T] = v
+        return self.k[:, :, :self.T], self.v[:, :, :self.T]
+
+
+def rotate(x, rotary):
+    """Turn each pair (x_i, x_{i + D/2}) of (B, H, T, D) by its angle, of which rotary (2, T, D/2) holds cos, sin."""
+    cos, sin = rotary
+    a, b = x.float().chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
 
 
 class SelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.scale = config.n_head, (config.n_embd // config.n_head) ** -0.5
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(config.n_embd, config.n_embd)
-                                                                for _ in range(4))
+        opt = config.architecture == "opt"
+        kv_width = config.n_kv_head * config.head_dim
+        self.head_dim = config.head_dim
+        self.q_proj = nn.Linear(config.n_embd, config.n_embd, bias=opt)
+        self.k_proj = nn.Linear(config.n_embd, kv_width, bias=opt)
+        self.v_proj = nn.Linear(config.n_embd, kv_width, bias=opt)
+        self.out = "out_proj" if opt else "o_proj"                   # as the published weights name it
+        setattr(self, self.out, nn.Linear(config.n_embd, config.n_embd, bias=opt))
         self.attention = ATTENTIONS[config.attention](config)
 
-    def forward(self, x, teacher=None, cache=None):
-        q, k, v = self.q_proj(x) * self.scale, self.k_proj(x), self.v_proj(x)                 # B T C
-        q, k, v = (y.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for y in (q, k, v))     # B H T D
-        if cache is not None:                         # q stays the last R of T rows
-            k, v = cache.extend("k", k), cache.extend("v", v)                                 # B H T D
-        elif teacher is None and self.training:       # from scratch, the model's own attention is its teacher
-            teacher = q, k
-        y = self.attention(q, k, v, teacher, cache=cache)                                     # B H R D
-        return self.out_proj(y.transpose(1, 2).flatten(2))                                    # B T C
+    def forward(self, x, rotary=None, teacher=None, cache=None):
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)        # (B, H, R, D)
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)        # (B, Hkv, R, D)
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        if rotary is not None:
+            q = rotate(q, rotary)
+            k = rotate(k, rotary)
+        if cache is not None:                                        # q stays the last R of T queries
+            k, v = cache.extend(k, v)                                # (B, Hkv, T, D)
+
+        y, kl = self.attention(q, k, v, teacher)                     # (B, H, R, D)
+        y = getattr(self, self.out)(y.transpose(1, 2).flatten(2))    # (B, R, C)
+        return y, kl, q, k, v
 
 
-class Block(nn.Module):
+class OPTBlock(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.post_norm = config.post_norm
-        self.self_attn_layer_norm = nn.LayerNorm(config.n_embd)
+        self.self_attn_layer_norm = nn.LayerNorm(config.n_embd, config.norm_eps)
         self.self_attn = SelfAttention(config)
-        self.final_layer_norm = nn.LayerNorm(config.n_embd)
-        self.fc1 = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.fc2 = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.final_layer_norm = nn.LayerNorm(config.n_embd, config.norm_eps)
+        self.fc1 = nn.Linear(config.n_embd, config.n_ffn)
+        self.fc2 = nn.Linear(config.n_ffn, config.n_embd)
 
-    def forward(self, x, teacher=None, cache=None):
-        mlp = lambda x: self.fc2(F.relu(self.fc1(x)))
+    def forward(self, x, rotary=None, teacher=None, cache=None):
+        y, kl, q, k, v = self.self_attn(x if self.post_norm else self.self_attn_layer_norm(x),
+                                        rotary, teacher, cache)
+        x = x + y                                                    # (B, R, C)
         if self.post_norm:
-            x = self.self_attn_layer_norm(x + self.self_attn(x, teacher, cache))
-            return self.final_layer_norm(x + mlp(x))
-        x = x + self.self_attn(self.self_attn_layer_norm(x), teacher, cache)
-        return x + mlp(self.final_layer_norm(x))
+            x = self.self_attn_layer_norm(x)
+            x = self.final_layer_norm(x + self.mlp(x))
+        else:
+            x = x + self.mlp(self.final_layer_norm(x))
+        return x, kl, y, q, k, v
+
+    def mlp(self, x):
+        return self.fc2(F.relu(self.fc1(x)))
 
 
-class OPT(nn.Module):
-    """OPT(config)(idx, targets=None) -> logits, loss: ids (B, T) int64 -> (B, T, V), nats per token.
+class SwiGLU(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.n_embd, config.n_ffn, bias=False)
+        self.up_proj = nn.Linear(config.n_embd, config.n_ffn, bias=False)
+        self.down_proj = nn.Linear(config.n_ffn, config.n_embd, bias=False)
 
-    teacher: for each layer the (q, k) that a SEA layer's estimate should match, see SEAttention.
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LlamaBlock(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.n_embd, config.norm_eps)
+        self.self_attn = SelfAttention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.n_embd, config.norm_eps)
+        self.mlp = SwiGLU(config)
+
+    def forward(self, x, rotary=None, teacher=None, cache=None):
+        y, kl, q, k, v = self.self_attn(self.input_layernorm(x), rotary, teacher, cache)
+        x = x + y                                                    # (B, R, C)
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        return x, kl, y, q, k, v
+
+
+BLOCKS = dict(opt=OPTBlock, llama=LlamaBlock)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The model
+
+class Transformer(nn.Module):
+    """Transformer(config)(idx, targets=None) -> Output: ids (B, T) int64 -> logits (B, T, V), the loss ...
+
+    teacher: for each layer the (q, k) whose attention the paper's estimate should match.
     cache: from new_cache, holds the tokens before idx, and idx afterwards; for use under torch.no_grad.
+    trace: also return what each layer computed.
     """
 
     def __init__(self, config):
         super().__init__()
-        C, E = config.n_embd, config.token_embd or config.n_embd
+        C = config.n_embd
+        E = config.token_embd or C
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, E)
-        self.project_in = nn.Identity() if E == C else nn.Linear(E, C, bias=False)
-        self.embed_positions = nn.Embedding(config.context + POSITION_OFFSET, C)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.final_layer_norm = nn.Identity() if config.post_norm else nn.LayerNorm(C)
-        self.project_out = nn.Identity() if E == C else nn.Linear(C, E, bias=False)
+        self.layers = nn.ModuleList(BLOCKS[config.architecture](config) for _ in range(config.n_layer))
+        if config.architecture == "opt":
+            self.embed_positions = nn.Embedding(config.context + POSITION_OFFSET, C)
+            self.project_in = nn.Identity() if E == C else nn.Linear(E, C, bias=False)
+            self.project_out = nn.Identity() if E == C else nn.Linear(C, E, bias=False)
+            self.final_layer_norm = nn.Identity() if config.post_norm else nn.LayerNorm(C, config.norm_eps)
+        else:
+            self.norm = nn.RMSNorm(C, config.norm_eps)
+        self.lm_head = None if config.tied else nn.Linear(E, config.vocab_size, bias=False)
         self.init_weights()
 
     def init_weights(self):
-        """GPT-2's: normal(0.02), what ends on the residual stream over sqrt(2 n_layer). SEA keeps its own.
+        """GPT-2's: normal(0.02), what ends on the residual stream over sqrt(2 n_layer). Attention keeps its own.
 
-        Positions start as sinusoids and are learned from there: each of thousands of rows gets a gradient
+        OPT's positions start as sinusoids and are learned from there: each of thousands of rows gets a gradient
         from one token per window, so from noise it takes long until attention knows which tokens are near.
         """
+        residual = "out_proj.weight", "o_proj.weight", "fc2.weight", "down_proj.weight"
         for name, p in self.named_parameters():
-            if ".attention." in name or "layer_norm" in name:
+            if ".attention." in name or "norm" in name:
                 continue
             if name == "embed_positions.weight":
-                p.data.copy_(0.05 * sinusoids(0, p))         # std 0.035, somewhat above the tokens'
+                p.data.copy_(0.05 * sea.sinusoids(*p.shape, p.device))     # std 0.035, above the tokens'
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
             else:
-                residual = name.endswith(("out_proj.weight", "fc2.weight"))
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
+                shrink = math.sqrt(2 * self.config.n_layer) if name.endswith(residual) else 1
+                nn.init.normal_(p, std=0.02 / shrink)
 
-    def forward(self, idx, targets=None, teacher=None, cache=None):
+    def forward(self, idx, targets=None, teacher=None, cache=None, trace=False):
         past, room = (cache[0].T, cache[0].room) if cache else (0, self.config.context)
         T = past + idx.shape[1]
         if T > room:
             raise ValueError(f"{T} tokens do not fit in this model's context, which has room for {room}")
-        position = torch.arange(past, T, device=idx.device) + POSITION_OFFSET
-        x = self.project_in(self.embed_tokens(idx)) + self.embed_positions(position)          # B R C
+        x, rotary = self.embed(idx, torch.arange(past, T, device=idx.device))     # (B, R, C)
+
         none = [None] * len(self.layers)
+        kls, layers = [], []
         for block, queries_keys, kept in zip(self.layers, teacher or none, cache or none):
-            x = block(x, queries_keys, kept)
-        for kept in cache or []:
-            kept.T = T
-        x = self.project_out(self.final_layer_norm(x))                                        # B T E
-        logits = F.linear(x, self.embed_tokens.weight)                                        # B T V
-        if targets is None:
-            return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+            x, kl, *seen = block(x, rotary, queries_keys, kept)
+            if kl is not None:
+                kls.append(kl)
+            if trace:
+                layers.append(Layer(x, *seen))
+
+        logits = self.unembed(x)                                                 # (B, R, V)
+        loss = None
+        if targets is not None:
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        return Output(logits, loss, torch.stack(kls).mean() if kls else None, layers)
+
+    def embed(self, idx, position):
+        """What the first layer gets (B, R, C), and cos and sin (2, R, D/2) of rotary positions, or None."""
+        x = self.embed_tokens(idx)                                               # (B, R, E)
+        if self.config.architecture == "opt":
+            return self.project_in(x) + self.embed_positions(position + POSITION_OFFSET), None
+        D = self.config.head_dim
+        rate = self.config.rope_base ** (-torch.arange(0, D, 2, device=x.device).float() / D)
+        angle = position[:, None] * rate                                         # (R, D/2)
+        return x, torch.stack((angle.cos(), angle.sin()))
+
+    def unembed(self, x):
+        """Logits (B, R, V) of the last layer's output (B, R, C)."""
+        if self.config.architecture == "opt":
+            x = self.project_out(self.final_layer_norm(x))                       # (B, R, E)
+        else:
+            x = self.norm(x)
+        return F.linear(x, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)
 
     @classmethod
-    def from_pretrained(cls, name_or_folder, attention="dense", context=None, url=None, **sea):
-        """Published weights, in float32: those in a folder of the hub's format, or those of facebook/opt-125m
-        (-350m, -1.3b, -2.7b, -6.7b), downloaded once, to ~/.cache/nanosea/NAME. A mistake is a ValueError.
+    def from_pretrained(cls, name_or_folder, attention="dense", context=None, url=None, **settings):
+        """Published weights, in float32, from a folder in the hub's format or by name (see data/hub.py).
 
-        context: see set_context; None is the file's. url: address of the files, if not the hub's. sea: fields
-        of OPTConfig from map_width to cell_keys; what `attention` adds to the file keeps its initial values.
+        A mistake is a ValueError. context: see set_context; None is the file's. url: address of the files, if
+        not the hub's. settings: further fields of Config. What `attention` adds keeps its initial values.
         """
-        find = lambda file: hub.model_file(name_or_folder, file, url)
-        config = OPTConfig(attention=attention, **hub.read_shape(find("config.json")), **sea)
-        with torch.device("meta"):                 # no memory, time or random numbers for what the file holds
+        def find(file):
+            return hub.model_file(name_or_folder, file, url)
+
+        fixed = hub.read_config(find("config.json"))
+        config = Config(**fixed, attention=attention, **settings)
+        with torch.device("meta"):               # no memory, time or random numbers for what the file holds
             model = cls(config)
         for block in model.layers:
             block.self_attn.attention = ATTENTIONS[attention](config)
         shapes = {name: tuple(p.shape) for name, p in model.state_dict().items() if ".attention." not in name}
-        sharded = name_or_folder == "facebook/opt-6.7b" or (Path(name_or_folder) / hub.INDEX).is_file()
-        model.load_state_dict(hub.read_weights(find, sharded, shapes), strict=False, assign=True)
+        model.load_state_dict(hub.read_weights(find, shapes), strict=False, assign=True)
         if context is not None:
             model.set_context(context)
         return model
 
     def set_context(self, context):
-        """Change T: a longer table of positions is the old one interpolated, a shorter one its first rows."""
-        table, old = self.embed_positions.weight.data, self.config.context                    # 2+T C
+        """Change T. Of OPT's learned positions fewer are the first, more are the old ones interpolated."""
+        old = self.config.context
         self.config = replace(self.config, context=context)
+        for block in self.layers:
+            block.self_attn.attention.config = self.config
+        if self.config.architecture == "llama":
+            return
+        table = self.embed_positions.weight.data                                 # (2 + T, C)
         if context > old:
             print(f"positions: the {old} learned ones are interpolated linearly to {context}")
-            rows = F.interpolate(table[None, POSITION_OFFSET:].mT, context, mode="linear", align_corners=True)
-            table = torch.cat([table[:POSITION_OFFSET], rows[0].T])
+            rows = table[None, POSITION_OFFSET:].mT
+            rows = F.interpolate(rows, context, mode="linear", align_corners=True)
+            table = torch.cat((table[:POSITION_OFFSET], rows[0].T))
         table = table[:POSITION_OFFSET + context].clone()
         self.embed_positions = nn.Embedding.from_pretrained(table, freeze=False)
 
-    def attention_kl(self):
-        """Mean over layers of the distance from estimate to teacher in the last forward; 0 without SEA."""
-        kls = [block.self_attn.attention.kl for block in self.layers if self.config.attention == "sea"]
-        return sum(kls) / len(kls) if kls else self.embed_tokens.weight.new_zeros(())
-
-    def set_keys_per_query(self, keys_per_query):
-        """Let SEA select more or fewer keys from now on; no weight depends on how many."""
-        if self.config.attention != "sea":
-            raise ValueError(f"{self.config.attention} attention selects no keys")
-        self.config = replace(self.config, keys_per_query=keys_per_query)
-        for block in self.layers:
-            block.self_attn.attention.config = self.config.sea()
+    # ------------------------------------------------------------------------------------------------------
+    # Generation
 
     def new_cache(self, room=math.inf):
-        """An empty cache for `room` tokens, or for the context if that is less: one sea.Cache a layer."""
+        """An empty cache for `room` tokens, or for the context if that is less: one Cache a layer."""
+        if self.config.attention not in CACHED:
+            raise ValueError(f"{self.config.attention} attention has no cache; forward the whole text again")
         return [Cache(min(room, self.config.context)) for _ in self.layers]
 
     @torch.no_grad()
@@ -258,22 +425,23 @@ class OPT(nn.Module):
         When the context is full, the model starts again from the last half of it, read as a new prompt.
         ids: those to choose from; OPT has more rows in its vocabulary than its tokenizer has tokens.
         """
-        context, text = self.config.context, [idx]
-        cache, new = self.new_cache(idx.shape[1] + max_new_tokens), idx[:, -context:]
+        if idx.shape[1] == 0:
+            raise ValueError("the prompt is empty; give one token at least")
+        if temperature < 0 or (top_k is not None and top_k < 1):
+            raise ValueError(f"temperature is {temperature}, top_k {top_k}; they must be 0, and 1, or more")
+        context = self.config.context
+        cached = self.config.attention in CACHED
+        text = idx[:, -context:]
+        new, cache = text, None
         for _ in range(max_new_tokens):
-            if cache[0].T == context:
-                new = torch.cat(text, 1)[:, -max(1, context // 2):]
-                cache, text = self.new_cache(), [new]
-            logits = self(new, cache=cache)[0][:, -1].float()                                 # B V
-            if ids is not None:
-                logits = torch.full_like(logits, -torch.inf).index_copy(1, ids, logits[:, ids])
-            if top_k is not None:
-                logits[logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]] = -torch.inf
-            if temperature == 0:
-                new = logits.argmax(-1, keepdim=True)                                         # B 1
-            else:
-                new = torch.multinomial((logits / temperature).softmax(-1), 1)                # B 1
-            text.append(new)
+            if text.shape[1] > context:
+                text = text[:, -max(1, context // 2):]
+                new, cache = text, None
+            if cached and cache is None:
+                cache = self.new_cache()
+            logits = self(new if cached else text, cache=cache).logits[:, -1].float()        # (B, V)
+            new = sample(logits, temperature, top_k, ids)                                    # (B, 1)
+            text = torch.cat((text, new), 1)
             yield new
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
@@ -281,23 +449,15 @@ class OPT(nn.Module):
         return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k)], 1)
 
 
-class Trace:
-    """What each layer of a model computes while this is open: its hidden states and its attention's output,
-    (B, T, C), and what it attends with: the module, q, k and v (B, H, T, D)."""
-
-    def __init__(self, model):
-        self.model, self.hidden, self.outputs, self.attended = model, [], [], []
-
-    def __enter__(self):
-        keep = lambda where: lambda module, args, out: where.append(out)
-        self.hooks = []
-        for block in self.model.layers:
-            self.hooks += [block.register_forward_hook(keep(self.hidden)),
-                           block.self_attn.register_forward_hook(keep(self.outputs)),
-                           block.self_attn.attention.register_forward_pre_hook(
-                               lambda module, args: self.attended.append((module, *args[:3])))]
-        return self
-
-    def __exit__(self, *error):
-        for hook in self.hooks:
-            hook.remove()
+def sample(logits, temperature, top_k=None, ids=None):
+    """Choose a token of each row: logits (B, V) -> (B, 1)."""
+    if ids is not None:
+        logits = torch.full_like(logits, -torch.inf).index_copy(1, ids, logits[:, ids])
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    # The largest logit becomes 0, so that no temperature, however small, makes infinities of it.
+    logits = (logits - logits.amax(-1, keepdim=True)).double() / temperature
+    return torch.multinomial(logits.softmax(-1), 1)

@@ -1,11 +1,12 @@
 """
-Make tests/golden: what transformers says of three tiny OPTs and a small tokenizer, which test_opt.py checks.
+Make tests/golden: what transformers says of tiny OPTs and Llamas and a small tokenizer, for test_model.py.
 
     pip install torch numpy transformers tokenizers
-    python tests/make_golden.py                    # test_opt.py runs it too, where transformers is installed
+    python tests/make_golden.py                    # test_model.py runs it too, where transformers is installed
 
-Every folder is in the hub's format. 125m, 350m and 2.7b have the architectures of those models, random values
-for all weights, biases and LayerNorms, and expected.pt: ids, logits and hidden states in float32.
+Every folder is in the hub's format. 125m, 350m and 2.7b have the architectures of OPT's models, llama that of
+TinyLlama and llama-tied that of SmolLM2 (key heads shared by two and three query heads), random values for all
+weights, biases and norms, and expected.pt: ids, logits and hidden states in float32.
 """
 import argparse
 import json
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import ByteLevelBPETokenizer
-from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 COMMON = dict(max_position_embeddings=32, pad_token_id=1, bos_token_id=2, eos_token_id=2)
 TEXTS = [
@@ -33,9 +34,21 @@ def tiny(layers, heads, hidden, vocab_size, **rest):
     """A random OPT; its values are rounded to float16, as the hub's are."""
     config = OPTConfig(vocab_size=vocab_size, num_hidden_layers=layers, num_attention_heads=heads,
                        hidden_size=hidden, ffn_dim=4 * hidden, **COMMON, **rest)
-    model = OPTForCausalLM(config).eval()
-    for name, p in model.named_parameters():
-        start = 1.0 if "layer_norm.weight" in name else 0.0
+    return randomised(OPTForCausalLM(config))
+
+
+def tiny_llama(layers, heads, kv_heads, hidden, tied):
+    config = LlamaConfig(vocab_size=96, num_hidden_layers=layers, num_attention_heads=heads,
+                         num_key_value_heads=kv_heads, hidden_size=hidden, intermediate_size=3 * hidden,
+                         max_position_embeddings=32, rms_norm_eps=1e-5, tie_word_embeddings=tied,
+                         rope_parameters=dict(rope_type="default", rope_theta=100.0 if tied else 10000.0))
+    return randomised(LlamaForCausalLM(config))
+
+
+def randomised(model):
+    """Every weight, bias and norm drawn anew, so that each matters, and rounded as the hub's are."""
+    for name, p in model.eval().named_parameters():
+        start = 1.0 if "norm" in name and name.endswith("weight") else 0.0
         std = 0.3 if p.dim() == 1 else 1.5 * p.shape[-1] ** -0.5
         p.data = (start + std * torch.randn(p.shape)).half().float()
     return model
@@ -57,6 +70,18 @@ def save(folder, model, prefix="model.decoder.", shards=1, text_ids=()):
         weight_map = {key: file(i) for key, i in shard_of.items()}
         index = json.dumps(dict(metadata={}, weight_map=weight_map))
         (folder / "pytorch_model.bin.index.json").write_text(index)
+    save_expected(folder, model, text_ids)
+
+
+def save_llama(folder, model):
+    """config.json and model.safetensors as transformers writes them, and expected.pt."""
+    save_expected(folder, model)
+    model.half().save_pretrained(folder)
+    (folder / "generation_config.json").unlink()
+
+
+def save_expected(folder, model, text_ids=()):
+    folder.mkdir(parents=True, exist_ok=True)
     idx = torch.randint(model.config.vocab_size, (2, 12))
     idx[0, :len(text_ids)] = torch.tensor(text_ids[:12], dtype=torch.long)
     torch.save(dict(idx=idx, **expected(model, idx)), folder / "expected.pt")
@@ -65,7 +90,8 @@ def save(folder, model, prefix="model.decoder.", shards=1, text_ids=()):
 @torch.no_grad()
 def expected(model, idx):
     """logits (B, T, V), and hidden (layers + 1, B, T, C): what the first layer gets and what each gives."""
-    hidden, decoder = [], model.model.decoder
+    hidden = []
+    decoder = getattr(model.model, "decoder", model.model)
     hooks = [decoder.layers[0].register_forward_pre_hook(lambda layer, args, kwargs: hidden.append(
         args[0] if args else kwargs["hidden_states"]), with_kwargs=True)]
     hooks += [layer.register_forward_hook(lambda layer, args, out: hidden.append(
@@ -121,6 +147,8 @@ def main():
     post_norm = dict(word_embed_proj_dim=16, do_layer_norm_before=False)
     save(folder / "350m", tiny(2 * n, 2 * n, 32 * n, 96, **post_norm), prefix="decoder.")
     save(folder / "2.7b", tiny(n, n, 80 * n, 96), shards=2)
+    save_llama(folder / "llama", tiny_llama(2 * n, 4, 2, 32 * n, tied=False))
+    save_llama(folder / "llama-tied", tiny_llama(2 * n, 3, 1, 36 * n, tied=True))
 
 
 if __name__ == "__main__":
