@@ -1,255 +1,294 @@
 """
-Turn a dense model into one with linear attention: the student keeps the teacher's weights, its attention is
+Turn a dense model into one with sparse attention: the student keeps the teacher's weights, its attention is
 replaced, and it learns to match what the teacher computes.
 
-    python train.py --attention dense                            a small teacher, out-dense/ckpt.pt
-    python distill.py                                            its SEA student, out-sea-student/ckpt.pt
-    python distill.py --attention window                         a rival, also performer; dense: the yardstick
-    python distill.py --teacher facebook/opt-125m                published weights, on data/wikitext2
-    python distill.py --eval-only --teacher out-sea-student/ckpt.pt --keys-per-query 32
+    python train.py --attention dense                   a small teacher, out/dense-stdlib/ckpt.pt
+    python distill.py                                   its SEA student, out/dense-stdlib-sea
+    python distill.py --attention window                a rival, also paper, performer; dense: the yardstick
+    python distill.py --eval-only                       the student that has seen nothing: no training
+    python data/smollm2.py && python data/wikipedia.py && python distill.py --teacher data/smollm2
+    python distill.py --teacher facebook/opt-125m       published weights, on data/wikitext2
 
 --resume, torchrun, Ctrl-C and mistakes are as train.py says.
 """
 import argparse
 import math
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from data.common import Parser, fail, load, number, one_line
-from data.engine import (any_rank, backward_of, check_fit, compile_estimators, ctrl_c, fingerprint,
-                         first_rank_first, join_ranks, leave, load_checkpoint, make_folder, optimizer_step,
-                         parallel, peak_memory, pick_precision, resume, save_checkpoint, settings_of,
-                         step_batches, training_script)
-from model import ATTENTIONS, OPT, Trace
-from train import (add_compile, add_preset, add_running, add_training, clock, complete, evaluate,
-                   make_optimizer, set_rate)
+import engine
+import sea
+from data import common
+from data.common import Parser, fail, number, one_line
+from model import ATTENTIONS
+from train import CLIP, LOG_STEPS, add_preset, add_running, complete, evaluate, learning_rate
 
-PRESETS = {"cuda": dict(steps=600, batch_size=8, warmup=60, save_interval=100),
-           "cpu": dict(steps=150, batch_size=16, warmup=15, save_interval=25)}
-WEIGHTS = dict(hidden=(5.0, "squared distance of the hidden states"), logits=(0.2, "KL of the next token"),
-               output=(1.0, "squared distance of the attentions' outputs"), text=(0.1, "the text's own loss"),
-               attention=(0.1, "KL of the estimate and the teacher's attention"))       # the paper's weights
-SETTINGS = "map_width", "keys_per_query", "query_block", "cell_keys"       # where not given, the teacher's
+PRESETS = {       # of teachers that train.py made, and of published ones
+    "checkpoint": {"cuda": dict(steps=600, batch_size=8, lr=3e-4, context=0, eval_windows=400),
+                   "cpu": dict(steps=150, batch_size=16, lr=3e-4, context=0, eval_windows=400)},
+    "published": {"cuda": dict(steps=300, batch_size=4, lr=3e-5, context=2048, eval_windows=100),
+                  "cpu": dict(steps=30, batch_size=1, lr=3e-5, context=512, eval_windows=12)}}
+LOSSES = dict(logits="KL of the next token", hidden="distance of the hidden states",
+              output="distance of the attentions' outputs", text="the text's own loss",
+              estimate="KL of paper's estimate and the teacher's attention")
+WEIGHTS = 1.0, 1.0, 1.0, 0.1, 0.1
+WEIGHT_DECAY = 0.01
+NEW_RATE = 10             # times --lr: of parameters that the teacher does not have
+MOST_ROWS = 2048          # of a text, for what takes a T x T picture
 
 
 def parse_arguments():
     parser = Parser(__doc__)
+    own = PRESETS["checkpoint"]
+
     group = parser.add_argument_group("models")
-    group.add_argument("--teacher", default="out-dense/ckpt.pt",
-                       help="a checkpoint, a folder of OPT weights, or a name such as facebook/opt-125m")
-    group.add_argument("--attention", default="sea", choices=ATTENTIONS, help="the student's")
-    group = parser.add_argument_group("SEA, where not as in the teacher's configuration")
-    for name, what in (("map-width", "W, cells in a row of the map"),
-                       ("keys-per-query", "selected past keys per query and head, on average"),
-                       ("query-block", "M, neighbouring queries that share cell bounds")):
-        group.add_argument(f"--{name}", type=number(int, 1), default=argparse.SUPPRESS, help=what)
-    group.add_argument("--cell-keys", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
-                       help="q . mean(keys of the cell) in each score, in place of the paper's CNN")
-    group = parser.add_argument_group("weights of the losses")
-    for name, (weight, what) in WEIGHTS.items():
-        group.add_argument(f"--weight-{name}", type=number(float, 0), default=weight, help=what)
+    group.add_argument("--teacher", default="out/dense-stdlib/ckpt.pt",
+                       help="a checkpoint, a folder in the hub's format, or a name such as facebook/opt-125m")
+    group.add_argument("--attention", choices=ATTENTIONS, help="the student's; None: sea")
+    group.add_argument("--context", type=number(int, 1), default=argparse.SUPPRESS,
+                       help="T, tokens that both look at (preset: the teacher's; of published ones 2048, cpu 512)")
+    group.add_argument("--block-size", type=number(int, 1), help="S, keys in a block; None: the teacher's")
+    group.add_argument("--keys-per-query", type=number(int, 1),
+                       help="K, keys that a query chooses; None: the teacher's")
+
     group = parser.add_argument_group("training")
-    group.add_argument("--data", default=argparse.SUPPRESS,
-                       help="folder in data/ (default: the teacher's, wikitext2 for OPT)")
-    add_preset(group, PRESETS, "steps", "steps of the optimizer")
-    add_preset(group, PRESETS, "batch_size", "sequences in a micro-batch")
-    add_preset(group, PRESETS, "warmup", "steps up to the peak, then a cosine to a tenth of it", 0)
-    group.add_argument("--lr", type=number(float, 0), default=argparse.SUPPRESS,
-                       help="peak rate of the teacher's weights (default: 3e-4, for OPT the paper's 1e-5)")
-    group.add_argument("--new-lr", type=number(float, 0), default=10.,
-                       help="rate of new parameters, times --lr")
-    add_training(group, weight_decay=0.01)
-    group = parser.add_argument_group("running")
-    group.add_argument("--eval-only", action="store_true", help="evaluate --teacher, train nothing")
-    group.add_argument("--split", default="val", choices=("val", "test"), help="what to evaluate on")
-    add_preset(group, PRESETS, "save_interval", "steps between checkpoints")
-    add_compile(group)
-    add_running(group)
-    group.add_argument("--out", default=argparse.SUPPRESS,
-                       help="folder for ckpt.pt (default: out-ATTENTION-student)")
-    args = complete(parser.parse_args(), PRESETS)
-    args.out = Path(getattr(args, "out", f"out-{args.attention}-student"))
-    args.settings = {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)}
+    group.add_argument("--weights", type=number(float, 0), nargs=len(LOSSES), default=WEIGHTS,
+                       metavar=tuple(name.upper() for name in LOSSES),
+                       help="; ".join(f"{name}: {what}" for name, what in LOSSES.items()))
+    group.add_argument("--data", help="folder in data/; None: the teacher's, wikitext2 or wikipedia")
+    add_preset(group, own, "steps", "steps of the optimizer")
+    add_preset(group, own, "batch_size", "sequences in a micro-batch")
+    add_preset(group, own, "lr", "peak learning rate; 3e-5 for published weights", float)
+    group.add_argument("--seed", type=number(int, 0), default=1337, help="of new weights and of batches")
+
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--eval-only", nargs="?", const="val", choices=("val", "test"),
+                       help="train nothing: the teacher's weights under --attention, on that split")
+    add_preset(group, own, "eval_windows", "windows to evaluate on")
+    add_running(parser)
+
+    args = parser.parse_args()
+    args = complete(args, PRESETS["checkpoint" if args.teacher.endswith(".pt") else "published"])
+    teacher = Path(args.teacher)
+    name = teacher.parent.name if args.teacher.endswith(".pt") else teacher.name
+    args.out = Path(args.out or f"out/{name}-{args.attention or 'sea'}")
     return args
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What both models compute on the way, and how far apart it is
+# ----------------------------------------------------------------------------------------------------------
+# How far apart two models are
 
-def distillation_losses(student, teacher, idx, targets, run=None):
-    """One forward of both on idx, targets (B, T) -> the five losses of WEIGHTS, by name. run: the student, as
-    DistributedDataParallel wraps it."""
-    with torch.no_grad(), Trace(teacher) as wanted:
-        wanted_logits, _ = teacher(idx)                                                       # B T V
-    with Trace(student) as made:
-        queries_keys = [(q, k) for _, q, k, _ in wanted.attended]
-        logits, loss = (run or student)(idx, targets, teacher=queries_keys)
-    mse = lambda ours, theirs: sum(F.mse_loss(x.float(), y.float()) for x, y in zip(ours, theirs)) / len(ours)
-    log_q, log_p = (x.flatten(0, 1).float().log_softmax(-1) for x in (logits, wanted_logits))      # BT V
-    return dict(hidden=mse(made.hidden, wanted.hidden), output=mse(made.outputs, wanted.outputs), text=loss,
-                logits=F.kl_div(log_q, log_p, log_target=True, reduction="batchmean"),
-                attention=student.attention_kl())
+def distillation_losses(student, teacher, idx, targets):
+    """One forward of both on idx, targets (B, T) -> the losses of LOSSES, in that order."""
+    with torch.no_grad():
+        wanted = teacher(idx, trace=True)
+    queries_keys = [(layer.q, layer.k) for layer in wanted.trace]
+    made = student(idx, targets, teacher=queries_keys, trace=True)
+
+    log_p = wanted.logits.flatten(0, 1).float().log_softmax(-1)                  # (B T, V)
+    log_q = made.logits.flatten(0, 1).float().log_softmax(-1)
+    logits = F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+    pairs = list(zip(made.trace, wanted.trace))
+    hidden = sum(distance(ours.hidden, theirs.hidden) for ours, theirs in pairs) / len(pairs)
+    output = sum(distance(ours.attended, theirs.attended) for ours, theirs in pairs) / len(pairs)
+    estimate = made.loss.new_zeros(()) if made.kl is None else made.kl
+    return torch.stack((logits, hidden, output, made.loss, estimate))
+
+
+def distance(ours, theirs):
+    """Squared distance, as a share of their square: some layers' numbers are thousands of times others'."""
+    theirs = theirs.float()
+    return F.mse_loss(ours.float(), theirs) / theirs.square().mean()
 
 
 @torch.no_grad()
 def keys_and_mass(model, idx):
     """Keys that a query attends to, and their share of the dense attention's mass: means over layers, heads
-    and queries of idx (1, T). It is T x T, so for one sequence; None, None where no keys are chosen."""
-    if model.config.attention not in ("sea", "window"):
+    and queries of idx (1, T). None, None of attentions that choose no keys by themselves."""
+    config = model.config
+    if config.attention not in ("sea", "window"):
         return None, None
-    keys, mass, rows = [], [], torch.arange(idx.shape[1], device=idx.device)
-    with Trace(model) as seen:
-        model(idx)
-    for attention, q, k, v in seen.attended:
-        sea = model.config.attention == "sea"
-        mask = attention.look(q, k, v)[1] if sea else attention.allowed(rows, len(rows))      # B H T T
-        dense = (q @ k.mT).masked_fill(rows > rows[:, None], -torch.inf).softmax(-1, torch.float32)
-        keys.append(mask.sum(-1).float().mean().item())
-        mass.append((dense * mask).sum(-1).mean().item())
-    return sum(keys) / len(keys), sum(mass) / len(mass)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Setting up
-
-def load_teacher(args):
-    """The teacher, the name of its tokenizer, and the data set to take."""
-    if args.teacher.endswith(".pt"):
-        if args.teacher == "out-dense/ckpt.pt" and not Path(args.teacher).exists():
-            fail("there is no teacher yet; make one: python train.py --attention dense")
-        teacher, saved = load_checkpoint(args.teacher, args.device)
-        tokenizer, data = saved["tokenizer"], saved["data"]
-    else:
-        with first_rank_first(args.device), one_line(ValueError, TypeError):
-            teacher, tokenizer, data = OPT.from_pretrained(args.teacher).to(args.device), "opt", "wikitext2"
-    return teacher.eval(), tokenizer, getattr(args, "data", data)
-
-
-def open_data(name, args, teacher, tokenizer):
-    """Tokens to train on and tokens to evaluate on, which must be the teacher's."""
-    train, evaluated, meta = load(name)
-    if args.split == "test":
-        evaluated, _ = load(name, "test")
-    if meta["tokenizer"] != tokenizer or meta["vocab_size"] > teacher.config.vocab_size:
-        fail(f"data/{name} is written in {meta['tokenizer']} tokens and the teacher reads {tokenizer}; "
-             f"prepare it with --tokenizer {tokenizer}, or take another --data")
-    if min(len(train), len(evaluated)) <= teacher.config.context:
-        fail(f"data/{name} is shorter than the teacher's context of {teacher.config.context}; take more text")
-    return train, evaluated
-
-
-def with_attention(teacher, attention, settings):
-    """The teacher's weights under another attention or other settings; what the attention adds is new."""
-    with one_line(ValueError):
-        config = replace(teacher.config, attention=attention, **settings)
-    check_fit(config, 1, next(teacher.parameters()).device.type)
-    student = OPT(config)
-    same = attention == teacher.config.attention
-    weights = {name: x for name, x in teacher.state_dict().items() if same or ".attention." not in name}
-    try:
-        student.load_state_dict(weights, strict=same)
-    except RuntimeError:                                         # of a SEA teacher
-        fail(f"the teacher learnt its map with {teacher.config.map_width} cells a row and with cell_keys "
-             f"{teacher.config.cell_keys}; leave --map-width and --cell-keys out")
-    return student.to(next(teacher.parameters()).device)
-
-
-def measure(model, tokens, batch_size, at_most, precision):
-    """Loss on `at_most` windows of a split; of the first one, keys per query and their share of the mass."""
-    loss = evaluate(model, tokens, batch_size, at_most, precision)
-    idx = torch.from_numpy(tokens[:model.config.context].astype("int64"))[None]
-    with precision:
-        return loss, *keys_and_mass(model.eval(), idx.to(next(model.parameters()).device))
+    keys = mass = 0.
+    for block, layer in zip(model.layers, model(idx, trace=True).trace):
+        T = layer.q.shape[2]
+        k = layer.k.repeat_interleave(config.n_head // config.n_kv_head, 1)      # (B, H, T, D)
+        if config.attention == "sea":
+            mask = sea.estimated_attention(layer.q, k, config.block_size, config.keys_per_query,
+                                           config.coarse)[1]                     # (B, H, T, T)
+        else:
+            mask = block.self_attn.attention.mask(T, T, idx.device)
+        future = torch.ones(T, T, dtype=torch.bool, device=idx.device).triu(1)
+        scores = (layer.q @ k.mT).float() * config.head_dim ** -0.5
+        dense = scores.masked_fill(future, -torch.inf).softmax(-1)
+        keys += mask.sum(-1).float().mean().item() / config.n_layer
+        mass += (dense * mask).sum(-1).mean().item() / config.n_layer
+    return keys, mass
 
 
 def describe(name, model, tokens, args, precision):
-    """Print what `measure` finds, and return it."""
+    """Print a model's loss on held-out text and, of the first window, its keys and their mass; return all."""
     with one_line(FloatingPointError, hint=f"the {name} is spoilt"):
-        loss, keys, mass = measure(model, tokens, args.batch_size, args.eval_windows, precision)
-    print(f"{name}: {args.split}_loss {loss:.4f} {args.split}_ppl {math.exp(loss):.3f}"
+        loss = evaluate(model, tokens, args.batch_size, args.eval_windows, precision)
+    idx = torch.from_numpy(tokens[:min(model.config.context, MOST_ROWS)].astype("int64"))[None]
+    with precision:
+        keys, mass = keys_and_mass(model.eval(), idx.to(args.device))
+    print(f"{name}: loss {loss:.4f} ppl {math.exp(loss):.3f}"
           + (f" keys_per_query {keys:.1f} mass_kept {mass:.3f}" if keys else ""), flush=True)
     return loss, keys, mass
 
 
-def distill(student, teacher, tokens, args, precision, optimizer=None, done=0,
-            save=lambda step, stop: None):
-    """Train the student from step `done` to args.steps -> the last losses. save(step, stop) is called after
-    some steps, after the last, and, with stop true, after Ctrl-C."""
-    optimizer = optimizer or make_optimizer(student, args.lr, args.weight_decay, args.new_lr)
-    run, mark, marked, pressed = parallel(student.train()), time.time(), done, ctrl_c()
-    if args.compile:
-        compile_estimators(student)
+# ----------------------------------------------------------------------------------------------------------
+# Training
 
-    def losses_of(*batch):
-        losses = distillation_losses(student, teacher, *batch, run)
-        total = sum(getattr(args, f"weight_{name}") * losses[name] for name in WEIGHTS)
-        return [total, *(losses[name] for name in WEIGHTS)]
-    backward = backward_of(losses_of, precision, args)
+def make_optimizer(student):
+    """AdamW. Matrices decay; what the teacher does not have learns at NEW_RATE times the rate."""
+    groups = {}
+    for name, p in student.named_parameters():
+        groups.setdefault((p.dim() >= 2, ".attention." in name), []).append(p)
+    groups = [dict(params=params, weight_decay=WEIGHT_DECAY * decays, times=NEW_RATE if new else 1)
+              for (decays, new), params in groups.items()]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=next(student.parameters()).is_cuda)
 
+
+def distill(student, teacher, tokens, args, precision, optimizer, done=0, save=None):
+    """Train the student from step `done` to args.steps -> the last losses.
+
+    save(step, stop) is called after the last step, every args.save_minutes and, with stop true, after Ctrl-C.
+    """
+    run = engine.parallel(engine.compiled(student.train()))
+    teach = engine.compiled(teacher.eval())
+    weights = torch.tensor(args.weights, device=args.device)
+    stop = engine.Stop()
+    mark = saved = time.time()
+    marked = done
     for step in range(done + 1, args.steps + 1):
-        set_rate(optimizer, step, args)
-        batches = step_batches(tokens, student.config.context, args, step)
-        with one_line(FloatingPointError, hint=f"this is step {step}: try a lower --lr or --new-lr"):
-            means = optimizer_step(run, optimizer, batches, backward, args.clip).tolist()
-        losses = dict(zip(("total", *WEIGHTS), means))
-        if step % args.log_interval == 0 or step == args.steps:
+        rate = learning_rate(step, args.lr, args.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["times"]
+
+        # Forward and backward of each micro-batch; gradients add up, and GPUs meet in the last one.
+        means = 0.
+        batches = engine.step_batches(tokens, student.config.context, args, step)
+        for i, batch in enumerate(batches):
+            run.require_backward_grad_sync = i + 1 == len(batches)
+            with precision:
+                losses = distillation_losses(run, teach, *batch)
+            (losses @ weights / len(batches)).backward()
+            means += losses.detach() / len(batches)
+        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), CLIP)
+        engine.check_finite(norm, step)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        if step % LOG_STEPS == 0 or step == args.steps:
+            means = dict(zip(LOSSES, engine.mean_of_ranks(means).tolist()))
             seconds = (time.time() - mark) / (step - marked)
-            print(f"step {step}/{args.steps}", *(f" {name} {loss:.4f}" for name, loss in losses.items()),
-                  f" {1000 * seconds:.0f} ms  {clock((args.steps - step) * seconds)} left", flush=True)
-            mark, marked = time.time(), step
-        stop = any_rank(pressed, args.device)
-        if stop or step % args.save_interval == 0 or step == args.steps:
-            save(step, stop)
-    return losses
+            left = int((args.steps - step) * seconds)
+            print(f"step {step}/{args.steps}", *(f" {name} {means[name]:.4f}" for name in shown(student)),
+                  f" {1000 * seconds:.0f} ms  {left // 60}:{left % 60:02d} left", flush=True)
+            mark = time.time()
+            marked = step
+        stopped = engine.any_rank(stop, args.device)
+        if save and (stopped or step == args.steps or time.time() - saved > 60 * args.save_minutes):
+            save(step, stop if stopped else None)
+            saved = time.time()
+    return means
 
 
-@training_script
+def shown(student):
+    """The losses that are worth a word: only paper has an estimate to learn."""
+    return [name for name in LOSSES if name != "estimate" or student.config.attention == "paper"]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The script
+
+def load_teacher(args):
+    """The teacher, the name of its tokenizer; tokens to train on and to evaluate on, which must be its."""
+    if args.teacher == "out/dense-stdlib/ckpt.pt" and not Path(args.teacher).exists():
+        fail("there is no teacher yet; make one: python train.py --attention dense")
+    teacher, tokenizer, data = engine.load_model(args.teacher, args.device)
+    if args.context:
+        with one_line(ValueError):
+            teacher.set_context(args.context)
+    args.context = teacher.config.context
+    args.data = args.data or data
+    train, held_out, meta = common.load(args.data)
+    if args.eval_only == "test":
+        held_out, _ = common.load(args.data, "test")
+    if meta["tokenizer"] != tokenizer or meta["vocab_size"] > teacher.config.vocab_size:
+        fail(f"data/{args.data} is written in {meta['tokenizer']} tokens and the teacher reads {tokenizer}; "
+             f"prepare it with --tokenizer {tokenizer}, or take another --data")
+    if min(len(train), len(held_out)) <= args.context:
+        fail(f"data/{args.data} is shorter than the teacher's context of {args.context}; take more text")
+    return teacher, tokenizer, train, held_out
+
+
+def make_student(teacher, args):
+    """The teacher's weights under the attention and the settings of the flags."""
+    if teacher.config.attention != "dense" and not args.eval_only:
+        fail(f"{args.teacher} has {teacher.config.attention} attention; a teacher must be dense")
+    # What is only evaluated keeps its attention, if it is none that a student would replace.
+    own = teacher.config.attention if args.eval_only and teacher.config.attention != "dense" else "sea"
+    args.attention = args.attention or own
+    settings = {name: getattr(args, name) for name in ("block_size", "keys_per_query") if getattr(args, name)}
+    with one_line(ValueError):
+        student = teacher.with_attention(args.attention, **settings)
+    engine.check_fit(student.config, args.batch_size, args.device)
+    return student
+
+
+@engine.training_script
 def main():
     args = parse_arguments()
-    join_ranks(args.device)
+    engine.join_ranks(args.device)
+    if not args.eval_only:
+        engine.check_out(args)
     torch.manual_seed(args.seed)
-    teacher, tokenizer, args.data = load_teacher(args)
-    tokens, evaluated = open_data(args.data, args, teacher, tokenizer)
-    precision, why = pick_precision(args.device)
-    args.lr = getattr(args, "lr", 1e-5 if tokenizer == "opt" else 3e-4)
-    attention = teacher.config.attention if args.eval_only else args.attention
-    student = with_attention(teacher, attention, args.settings)
-    print(f"teacher {args.teacher} ({teacher.config.attention}), data/{args.data}, {why}")
+    backend = engine.pick_backend(args.device, args.kernels)
+    precision, kind = engine.pick_precision(args.device)
+    teacher, tokenizer, tokens, held_out = load_teacher(args)
+    student = make_student(teacher, args)
+    print(f"teacher {args.teacher} ({teacher.config.attention}), data/{args.data}, T {args.context}, "
+          f"{backend}, {kind}")
     if args.eval_only:
-        loss, *_ = describe("model", student, evaluated, args, precision)
-        return print(f"final: {args.split}_loss {loss:.4f} {args.split}_ppl {math.exp(loss):.3f}")
+        loss, *_ = describe(f"{args.attention}", student, held_out, args, precision)
+        print(f"final: {args.eval_only}_loss {loss:.4f} {args.eval_only}_ppl {math.exp(loss):.3f}")
+        return
 
-    check_fit(student.config, args.batch_size, args.device)
-    optimizer = make_optimizer(student, args.lr, args.weight_decay, args.new_lr)
-    done, path = 0, args.out / "ckpt.pt"
-    settings = settings_of(args, tokens)
-    settings["teacher"] = fingerprint(args.teacher, teacher.embed_tokens.weight)
+    lock = engine.own_folder(args.out)      # held until this process ends
+    path = args.out / "ckpt.pt"
+    optimizer = make_optimizer(student)
+    settings = engine.settings_of(args, tokens)
+    settings["teacher"] = engine.fingerprint(teacher.embed_tokens.weight)
+    done = 0
     if args.resume:
-        saved = resume(path, student, optimizer, settings)
-        done, (start, before) = saved["step"], saved["before"]
+        saved = engine.resume(path, student, [optimizer], settings)
+        done = saved["step"]
+        start, before = saved["before"]
     else:
-        start, *_ = describe("teacher", teacher, evaluated, args, precision)
-        before, *_ = describe(f"{args.attention} student before", student, evaluated, args, precision)
-    make_folder(args.out)
+        engine.keep_tokenizer(tokenizer, args.teacher, args.out)
+        start, *_ = describe("teacher", teacher, held_out, args, precision)
+        before, *_ = describe(f"{args.attention} student before", student, held_out, args, precision)
 
     def save(step, stop):
-        save_checkpoint(path, student, tokenizer=tokenizer, data=args.data, step=step, settings=settings,
-                        before=(start, before), optimizer=optimizer.state_dict())
+        engine.save_checkpoint(path, student, tokenizer=tokenizer, data=args.data, step=step,
+                               settings=settings, before=(start, before), optimizers=[optimizer.state_dict()])
         if stop:
-            leave(path, step, args.steps)
+            stop.leave(path, step, args.steps)
+
     begin = time.time()
     losses = distill(student, teacher, tokens, args, precision, optimizer, done, save)
     seconds = time.time() - begin
-    loss, keys, mass = describe(f"{args.attention} student after", student, evaluated, args, precision)
-    print(f"final: {args.split}_loss {loss:.4f} {args.split}_ppl {math.exp(loss):.3f} "
+    loss, keys, mass = describe(f"{args.attention} student after", student, held_out, args, precision)
+    print(f"final: val_loss {loss:.4f} val_ppl {math.exp(loss):.3f} "
           f"ppl_before {math.exp(before):.3f} teacher_ppl {math.exp(start):.3f} "
           + (f"keys_per_query {keys:.1f} mass_kept {mass:.3f} " if keys else "")
-          + f"attention_kl {losses['attention']:.4f} steps {args.steps} seconds {seconds:.0f} "
-          f"peak_gib {peak_memory(args.device):.2f}")
+          + (f"attention_kl {losses['estimate']:.4f} " if args.attention == "paper" else "")
+          + f"steps {args.steps} seconds {seconds:.0f} peak_gib {engine.peak_memory(args.device):.2f}")
 
 
 if __name__ == "__main__":

@@ -392,6 +392,15 @@ class Transformer(nn.Module):
             model.set_context(context)
         return model
 
+    def with_attention(self, attention, **settings):
+        """A new model of the same weights under another attention, whose own parameters are at their start."""
+        config = replace(self.config, attention=attention, **settings)
+        model = Transformer(config).to(self.embed_tokens.weight)     # its device and type
+        same = attention == self.config.attention
+        weights = {name: x for name, x in self.state_dict().items() if same or ".attention." not in name}
+        model.load_state_dict(weights, strict=same)
+        return model
+
     def set_context(self, context):
         """Change T. Of OPT's learned positions fewer are the first, more are the old ones interpolated."""
         old = self.config.context

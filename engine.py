@@ -1,0 +1,295 @@
+"""
+What train.py and distill.py share beside the training step: devices, batches, checkpoints, several GPUs.
+
+A batch is a function of the seed, the step and the rank, and training draws no other random numbers. So the
+weights, the optimizers' states and the number of the step are all that a run needs to go on: to the bit on a
+CPU; on a GPU the kernels' float32 atomics vary in the last bits.
+"""
+import math
+import os
+import pickle
+import shutil
+import signal
+import sys
+import zipfile
+import zlib
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import sea
+from data import hub
+from data.common import encoding, fail, first_line, one_line, random_batch, whole_file
+from model import Config, Transformer
+
+RANK = int(os.environ.get("RANK", 0))                     # as torchrun sets them
+RANKS = int(os.environ.get("WORLD_SIZE", 1))
+# Flags that do not touch a run's numbers: it may go on with others.
+RUNNING = "out resume overwrite device kernels eval_windows save_minutes".split()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The device
+
+def pick_device(wanted):
+    """cpu or cuda: the wanted one if it is there; for auto a GPU, if there is one."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda, but torch finds no GPU; leave the flag out to run on the CPU")
+    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def pick_precision(device):
+    """The autocast context of the matrix products, and what to tell about it."""
+    if device == "cuda" and torch.cuda.get_device_capability() >= (8, 0):
+        return torch.autocast("cuda", torch.bfloat16), "bfloat16"
+    return nullcontext(), "float32"
+
+
+def pick_backend(device, kernels):
+    """Kernels or plain PyTorch, from now on -> what to tell about it."""
+    if not kernels:
+        sea.use_kernels(False)
+    return f"{sea.backend if device == 'cuda' else 'torch'} backend"
+
+
+def compiled(model):
+    """The model under torch.compile, which needs what the kernels need: Triton and a GPU."""
+    on_gpu = next(model.parameters()).is_cuda
+    return torch.compile(model) if on_gpu and sea.backend == "triton" else model
+
+
+def peak_memory(device):
+    """GiB: of the GPU's allocator, or of this process where the system tells."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    if sys.platform == "win32":
+        return math.nan
+    import resource                        # not on Windows
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
+
+
+def check_fit(config, batch_size, device):
+    """Stop before what the memory cannot take, by a lower bound: 16 bytes for each weight, its gradient and
+    two means, 4 for each of 6 C numbers that a token leaves in a layer, and for the logits."""
+    C = config.n_embd
+    tokens = batch_size * config.context
+    layer = 2 * C * C + 2 * C * config.n_kv_head * config.head_dim + 2 * C * config.n_ffn
+    weights = config.n_layer * layer + (config.vocab_size + config.context) * C
+    needed = 16 * weights + 4 * tokens * (6 * config.n_layer * C + config.vocab_size)
+    there = math.inf                       # Windows does not tell
+    if device == "cuda":
+        there = torch.cuda.mem_get_info()[1]
+    elif hasattr(os, "sysconf"):
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        fail(f"this takes more than {needed / 2 ** 30:,.0f} GiB, {device} has {there / 2 ** 30:,.0f}; lower "
+             "--batch-size (and raise --accumulate), or take a smaller model or --context")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The run
+
+def training_script(main):
+    """The main of a script that trains: what its user or the machine may cause is told in one line."""
+    smaller = one_line(MemoryError, torch.OutOfMemoryError, hint="lower --batch-size, raise --accumulate")
+    whole = one_line(OSError, KeyboardInterrupt, hint="a checkpoint already there is whole, --resume goes on")
+    return whole(smaller(main))
+
+
+def step_batches(tokens, context, args, step):
+    """This rank's micro-batches of a step: inputs and targets (B, T)."""
+    first = args.seed * 10 ** 9 + (step * RANKS + RANK) * args.accumulate
+    seeds = range(first, first + args.accumulate)
+    return [random_batch(tokens, context, args.batch_size, seed, args.device) for seed in seeds]
+
+
+def check_finite(norm, step, hint="try a lower --lr"):
+    """Stop before a step that would spoil the weights. It waits for the GPU."""
+    if not norm.isfinite():
+        fail(f"the gradient's norm is {norm:.4g}; this is step {step}: {hint}")
+
+
+class Stop:
+    """True after Ctrl-C, SIGTERM or SIGHUP, so that no step is cut in two; the second one stops at once."""
+
+    def __init__(self):
+        self.signal = 0
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            if hasattr(signal, name):                     # Windows has no SIGHUP
+                signal.signal(getattr(signal, name), self.ask)
+
+    def ask(self, number, frame):
+        self.signal = number
+        signal.signal(number, signal.default_int_handler)
+        if RANK == 0:
+            print("stopping after this step; once more: at once", file=sys.stderr)
+
+    def __bool__(self):
+        return self.signal > 0
+
+    def leave(self, path, step, steps):
+        """The end of a run that was stopped."""
+        print(f"{path} holds step {step} of {steps}; the same command with --resume goes on")
+        raise SystemExit(128 + (self.signal or signal.SIGINT))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+def check_out(args):
+    """Before any work: args.out must hold a checkpoint to go on from, or none that would be lost."""
+    path = args.out / "ckpt.pt"
+    if args.resume and not path.is_file():
+        fail(f"there is no {path} to go on from; leave --resume out")
+    if path.exists() and not args.resume and not args.overwrite:
+        fail(f"{path} is there already; --resume goes on, --overwrite starts again, "
+             "--out takes another folder")
+
+
+def own_folder(path):
+    """Make the folder and lock it against other runs -> the lock, which goes with this process."""
+    with one_line(OSError, hint="give another folder by --out"):
+        path.mkdir(parents=True, exist_ok=True)
+        lock = open(path / "lock", "a")
+    try:
+        import fcntl                                      # not on Windows
+        if RANK == 0:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass
+    except OSError:
+        fail(f"another run is writing to {path}; wait for its end, or give another --out")
+    return lock
+
+
+def save_checkpoint(path, model, **rest):
+    if RANK == 0:
+        with whole_file(path) as file:
+            torch.save(dict(model=model.state_dict(), config=asdict(model.config), **rest), file)
+
+
+def load_checkpoint(path, device):
+    """A file of save_checkpoint -> the model on the device, and the rest of the file."""
+    if not os.path.isfile(path):
+        fail(f"there is no checkpoint {path}; python train.py makes out/sea-stdlib/ckpt.pt")
+    try:
+        if not zipfile.is_zipfile(path):
+            raise RuntimeError("cut off, or another kind of file")
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if "query_block" in saved["config"]:
+            raise ValueError("it is of the first design")
+        model = Transformer(Config(**saved.pop("config")))
+        model.load_state_dict(saved.pop("model"))
+        saved["tokenizer"], saved["data"]
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError, OSError,
+            pickle.UnpicklingError) as error:
+        fail(f"{path} is no checkpoint of this program ({first_line(error)}); train again")
+    return model.to(device), saved
+
+
+def load_model(name, device):
+    """A checkpoint, a folder in the hub's format or a name on the hub -> the model, tokenizer, data set."""
+    if str(name).endswith(".pt"):
+        model, saved = load_checkpoint(name, device)
+        return model, saved["tokenizer"], saved["data"]
+    with first_rank_first(device), one_line(ValueError, TypeError):
+        model = Transformer.from_pretrained(name).to(device)
+    if model.config.architecture == "opt":
+        return model, "opt", "wikitext2"
+    return model, "smollm2", "wikipedia"
+
+
+def load_encoding(name, model):
+    """The tokenizer that goes with a model of load_model: the files beside it come first."""
+    folder = Path(model).parent if str(model).endswith(".pt") else model
+    beside = not Path(folder).is_dir() or (Path(folder) / "vocab.json").is_file()
+    return encoding(name, folder if beside else None)
+
+
+def keep_tokenizer(name, teacher, out):
+    """Copy the files of the teacher's tokenizer beside its student, which is then found without a network."""
+    folder = Path(teacher).parent if str(teacher).endswith(".pt") else teacher
+    if RANK or name not in ("opt", "smollm2"):
+        return
+    with one_line(ValueError):
+        for file in ("vocab.json", "merges.txt"):
+            if not str(teacher).endswith(".pt") or (folder / file).is_file():
+                shutil.copyfile(hub.model_file(folder, file), out / file)
+
+
+def fingerprint(content):
+    """A name that changes with a tensor or an array."""
+    return f"{zlib.crc32(torch.as_tensor(content).detach().cpu().numpy()):08x}"
+
+
+def settings_of(args, tokens):
+    """What fixes the numbers of a run: its flags but RUNNING, its data, its micro-batches in a step."""
+    fixed = {name: value for name, value in vars(args).items() if name not in RUNNING}
+    return fixed | dict(data=fingerprint(tokens), accumulate=args.accumulate * RANKS)
+
+
+def resume(path, model, optimizers, settings):
+    """Bring all to where a run of these settings was saved, and return the rest of its checkpoint."""
+    found, saved = load_checkpoint(path, "cpu")
+    if "optimizers" not in saved:
+        fail(f"{path} holds no state of an optimizer; leave --resume out")
+    before = saved["settings"]
+    changed = [f"{name} was {before.get(name, 'not given')}, now {settings.get(name, 'not given')}"
+               for name in sorted({*settings, *before}) if before.get(name) != settings.get(name)]
+    if changed:
+        fail(f"{path} is of another run ({'; '.join(changed)}); take the flags and data of that run, "
+             "or another --out without --resume")
+    if saved["step"] == settings["steps"]:
+        print(f"{path} holds all {saved['step']} steps; nothing is left to do")
+        raise SystemExit(0)
+    model.load_state_dict(found.state_dict())
+    for optimizer, state in zip(optimizers, saved.pop("optimizers"), strict=True):
+        optimizer.load_state_dict(state)
+    return saved
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Several GPUs: torchrun starts a process for each, DistributedDataParallel takes the mean of their gradients
+
+def join_ranks(device):
+    """Meet the other processes; the first one alone prints and writes."""
+    if RANKS > 1 and device == "cuda":
+        if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+            fail(f"this machine has {torch.cuda.device_count()} GPUs; give torchrun no more --nproc-per-node")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if RANKS > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
+
+
+def parallel(model):
+    return DistributedDataParallel(model) if RANKS > 1 else model
+
+
+def mean_of_ranks(x):
+    if RANKS > 1:
+        dist.all_reduce(x)
+    return x / RANKS
+
+
+@contextmanager
+def first_rank_first(device):
+    """What may write a file that all ranks read: the first one does it alone, then the others."""
+    if RANK:
+        any_rank(False, device)
+    yield
+    if RANK == 0:
+        any_rank(False, device)
+
+
+def any_rank(yes, device):
+    """Is it so on any rank? They wait here for each other."""
+    if RANKS == 1:
+        return bool(yes)
+    return mean_of_ranks(torch.tensor(float(bool(yes)), device=device)).item() > 0
