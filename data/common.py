@@ -1,10 +1,12 @@
-"""What the data sets and scripts share: flags and their mistakes, tokenizers, files that are written whole,
-and the .bin files and meta.json of a data set."""
+"""What the data sets and scripts share: flags and their mistakes, tokenizers, files that are
+written whole, and the .bin files and meta.json of a data set."""
 import argparse
+import hashlib
 import json
 import os
+import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,8 @@ import torch
 from data import hub
 
 FOLDER = Path(__file__).resolve().parent
+TOKENIZERS = "bytes (nothing to download), gpt2, opt or smollm2"         # for the help of flags
+NO_DATA = {"__init__", "common", "engine", "gguf", "hub", "smollm2"}     # of data/*.py
 
 
 def fail(message):
@@ -28,7 +32,7 @@ def first_line(error):
 
 @contextmanager
 def one_line(*errors, hint=""):
-    """Around code, or as a decorator: these errors are mistakes that the user can mend, see fail."""
+    """Around code, or as a decorator: these errors are mistakes that the user can mend."""
     try:
         yield
     except errors as error:
@@ -36,7 +40,7 @@ def one_line(*errors, hint=""):
 
 
 def number(kind, least, most=10 ** 9):
-    """The type of a flag, for argparse: an int or a float between two bounds. nan and inf are not."""
+    """The type of a flag: an int or a float between two bounds; nan and inf are not."""
     def read(text):
         if not least <= kind(text) <= most:
             raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most}")
@@ -46,7 +50,7 @@ def number(kind, least, most=10 ** 9):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse whose mistakes are one line, and whose help keeps the text above and tells each default."""
+    """An argparse whose mistakes are one line; its help tells each default."""
     class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         pass
 
@@ -57,55 +61,122 @@ class Parser(argparse.ArgumentParser):
         fail(f"{message}; --help explains the flags")
 
 
-def encoding(name, opt_folder=None):
-    """The tokenizer `bytes` (256 ranks, nothing to download), `gpt2` or `opt`: a tiktoken.Encoding, or alike.
+def encoding(name, folder=None):
+    """The tokenizer bytes, gpt2, opt or smollm2: a tiktoken.Encoding, or one that is used alike.
 
-    opt reads vocab.json and merges.txt in opt_folder; without one, those of facebook/opt-125m, fetched once.
+    `eot`: the id of its end-of-text token, None without one; `bos`, where texts begin with a token.
+    folder: a model's folder or name on the hub, that has vocab.json and merges.txt.
     """
-    if name == "bytes":
-        ranks = {bytes([i]): i for i in range(256)}
-        return tiktoken.Encoding("bytes", pat_str="(?s:.)", mergeable_ranks=ranks, special_tokens={})
-    if name not in ("gpt2", "opt"):
-        fail(f"no tokenizer is called {name!r}; there are bytes, gpt2 and opt")
+    makers = dict(bytes=bytes_encoding, gpt2=gpt2_encoding, opt=opt_encoding,
+                  smollm2=smollm2_encoding)
+    if name not in makers:
+        fail(f"no tokenizer is called {name!r}; there are {', '.join(makers)}")
+    with one_line(ValueError):
+        return makers[name](folder)
+
+
+def bytes_encoding(folder):
+    ranks = {bytes([i]): i for i in range(256)}
+    enc = tiktoken.Encoding("bytes", pat_str="(?s:.)", mergeable_ranks=ranks, special_tokens={})
+    enc.eot = None
+    return enc
+
+
+def gpt2_encoding(folder):
     try:
-        if name == "opt":
-            return hub.OPTEncoding(*(hub.model_file(opt_folder or hub.MODELS[0], file)
-                                     for file in ("vocab.json", "merges.txt")))
-        return tiktoken.get_encoding("gpt2")
-    except OSError as error:       # tiktoken fetches the merges once, by requests, whose errors are OSErrors
-        fail(f"the {name} tokenizer could not be downloaded ({type(error).__name__}); take --tokenizer bytes")
-    except ValueError as error:
-        fail(error)
+        enc = tiktoken.get_encoding("gpt2")
+    except OSError as error:       # tiktoken fetches the merges once, by requests: OSErrors
+        raise ValueError(f"the gpt2 tokenizer could not be downloaded ({type(error).__name__}); "
+                         "take --tokenizer bytes") from None
+    enc.eot = enc.eot_token
+    return enc
 
 
-def write(name, texts, tokenizer, source, opt_folder=None):
-    """Tokenise {split: text} into data/NAME/SPLIT.bin, each moved into place when whole, meta.json last."""
-    enc, folder, counts = encoding(tokenizer, opt_folder), FOLDER / name, {}
-    folder.mkdir(exist_ok=True)
+def opt_encoding(folder):
+    folder = folder or hub.OPTS[0]
+    vocab = hub.model_file(folder, "vocab.json")
+    merges = hub.model_file(folder, "merges.txt")
+    return hub.OPTEncoding(vocab, merges)
+
+
+def smollm2_encoding(folder):
+    if folder is None:
+        folder = FOLDER / "smollm2"
+        if not folder.exists():
+            raise ValueError("the smollm2 tokenizer is not here; python data/smollm2.py fetches it "
+                             "with its model, or take --tokenizer bytes")
+    vocab = hub.model_file(folder, "vocab.json")
+    merges = hub.model_file(folder, "merges.txt")
+    return hub.SmolLM2Encoding(vocab, merges)
+
+
+def make_folder(name):
+    """The folder data/NAME, made if it is not there."""
+    with one_line(ValueError):
+        hub.make_folder(FOLDER / name)
+    return FOLDER / name
+
+
+def write(name, texts, tokenizer, source, folder=None):
+    """Tokenise {split: text or list of texts} into data/NAME/SPLIT.bin, and meta.json last.
+
+    Texts of a list are parted by the tokenizer's end-of-text token, or by blank lines without one.
+    """
+    enc = encoding(tokenizer, folder)
+    target = make_folder(name)
+    counts = {}
     for split, text in texts.items():
-        tokens = np.array(enc.encode_ordinary(text), dtype=np.uint16)
-        write_whole(folder / f"{split}.bin", tokens.tobytes())
+        tokens = np.array(tokens_of(enc, text), dtype=np.uint16)
+        write_whole(target / f"{split}.bin", tokens.tobytes())
         counts[split] = len(tokens)
     meta = dict(tokenizer=tokenizer, vocab_size=enc.n_vocab, tokens=counts, source=source)
-    write_whole(folder / "meta.json", json.dumps(meta, indent=1).encode())
-    shown = zip(counts.values(), ("tokens to train on", "to validate", "to test"))
-    print(f"data/{name}: {', '.join(f'{n:,} {use}' for n, use in shown)} ({tokenizer})")
+    write_whole(target / "meta.json", json.dumps(meta, indent=1).encode())
+    uses = ("tokens to train on", "to validate", "to test")
+    shown = [f"{count:,} {use}" for count, use in zip(counts.values(), uses)]
+    print(f"data/{name}: {', '.join(shown)} ({tokenizer})")
+
+
+def tokens_of(enc, text):
+    """The ids of a text, or of a list of texts that each end with the end-of-text token."""
+    if isinstance(text, str):
+        return enc.encode_ordinary(text)
+    if enc.eot is None:
+        return enc.encode_ordinary("\n\n\n".join(text))
+    tokens = []
+    for one in text:
+        tokens += enc.encode_ordinary(one)
+        tokens.append(enc.eot)
+    return tokens
 
 
 @contextmanager
 def whole_file(path):
-    """A file to write, which comes to `path` when it is whole and on the disk: a kill leaves the old one."""
-    part = path.with_name(path.name + ".part")
+    """A file to write, which comes to `path` when it is whole; a kill leaves the old one.
+
+    It has a name of its own until then, so that two processes do not write into one file.
+    """
+    part = hub.own_name(path)
     try:
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
         with open(part, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:             # torch.save turns some OSErrors into RuntimeErrors
-        fail(f"cannot write {path} ({first_line(error)}); see to the disk and the folder")
+    except (OSError, RuntimeError) as error:
+        cause = first_line(first_cause(error))
+        fail(f"cannot write {path} ({cause}); see to the disk and the folder")
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):                  # what failed first is what matters
+            part.unlink(missing_ok=True)
+
+
+def first_cause(error):
+    """The OSError behind an error: torch.save makes a RuntimeError of a full disk."""
+    while not isinstance(error, OSError) and error.__context__:
+        error = error.__context__
+    return error
 
 
 def write_whole(path, content):
@@ -115,38 +186,53 @@ def write_whole(path, content):
 
 
 def load(name, split=None):
-    """data/NAME -> train tokens, validation tokens (uint16 arrays), meta; or tokens of `split`, meta.
-    Whatever is wrong is said."""
-    scripts = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem not in ("common", "engine", "hub"))
+    """data/NAME -> train tokens, validation tokens (uint16), meta; or tokens of `split`, meta."""
     folder = FOLDER / name
+    scripts = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in NO_DATA)
     again = f"prepare it again: python data/{name if name in scripts else 'text'}.py"
     if not (folder / "meta.json").is_file():
-        there = sorted(p.parent.name for p in FOLDER.glob("*/meta.json"))
+        there = sorted(path.parent.name for path in FOLDER.glob("*/meta.json"))
         fail(f"no data set data/{name}; ready: {', '.join(there) or 'none'}; "
              f"`python data/NAME.py` prepares NAME, one of {', '.join(scripts)}")
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        vocab_size, expected, tokenizer = int(meta["vocab_size"]), dict(meta["tokens"]), meta["tokenizer"]
-        meta["source"]
-    except (ValueError, KeyError, TypeError):
-        fail(f"data/{name}/meta.json is damaged; {again}")
+    meta = read_meta(folder / "meta.json", f"data/{name}/meta.json is damaged; {again}")
     splits = []
-    for split in ("train", "val") if split is None else (split,):
-        path = folder / f"{split}.bin"
-        if split not in expected:
-            fail(f"data/{name} has no {split} split; it has {', '.join(expected)}")
-        if not path.is_file() or path.stat().st_size != 2 * expected[split]:
-            fail(f"data/{name}/{split}.bin is missing or cut off; {again}")
-        splits.append(np.fromfile(path, np.uint16))       # in memory, where no other program changes it
-        if len(splits[-1]) and splits[-1].max() >= vocab_size:
-            fail(f"data/{name}/{split}.bin holds token {splits[-1].max()}, {tokenizer} has {vocab_size}; "
-                 f"{again}")
+    for one in ("train", "val") if split is None else (split,):
+        if one not in meta["tokens"]:
+            fail(f"data/{name} has no {one} split; it has {', '.join(meta['tokens'])}")
+        splits.append(read_split(folder / f"{one}.bin", one, meta, again))
     return *splits, meta
+
+
+def read_meta(path, damaged):
+    """meta.json, which must say what load needs."""
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        int(meta["vocab_size"])
+        dict(meta["tokens"])
+        for needed in ("tokenizer", "source"):
+            meta[needed]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        fail(damaged)
+    return meta
+
+
+def read_split(path, split, meta, again):
+    """The tokens of a split; in memory, where no other program changes them."""
+    shown = f"data/{path.parent.name}/{path.name}"
+    if not path.is_file() or path.stat().st_size != 2 * meta["tokens"][split]:
+        fail(f"{shown} is missing or cut off; {again}")
+    with one_line(OSError):
+        tokens = np.fromfile(path, np.uint16)
+    if len(tokens) and tokens.max() >= int(meta["vocab_size"]):
+        fail(f"{shown} holds token {tokens.max()}, {meta['tokenizer']} has {meta['vocab_size']}; "
+             f"{again}")
+    return tokens
 
 
 def windows(data, starts, context, device):
     """Inputs and targets (N, context) int64 from the given starts: the targets are one token on."""
-    rows = torch.stack([torch.from_numpy(data[i:i + context + 1].astype("int64")) for i in starts.tolist()])
+    rows = [data[start:start + context + 1].astype("int64") for start in starts.tolist()]
+    rows = torch.from_numpy(np.stack(rows))
     return rows[:, :-1].to(device), rows[:, 1:].to(device)
 
 
@@ -161,3 +247,17 @@ def download(url, path):
     """hub.fetch for a script that has the flag --url."""
     with one_line(ValueError):
         hub.fetch(url, path, "give a mirror or a file:// address by --url")
+
+
+def wheel(requirement, sha256, folder, otherwise, flags=()):
+    """Have pip download a package's wheel into a folder -> its path; its sha256 is checked."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+    command += [*flags, "--dest", str(folder), requirement]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        said = (done.stderr.strip() or "pip failed").splitlines()[-1]
+        fail(f"pip could not download {requirement} ({said}); {otherwise}")
+    [path] = Path(folder).glob("*.whl")
+    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        fail(f"the wheel of {requirement} has another sha256 than the one known here; {otherwise}")
+    return path
