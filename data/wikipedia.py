@@ -1,0 +1,192 @@
+"""English Wikipedia: 103 articles of 2016, all on A, cleaned to 2.8 MB of plain text.
+
+    python data/wikipedia.py       then: python distill.py --teacher data/smollm2 --data wikipedia
+
+The articles are test data in the wheel of gensim 4.4.0 (27.8 MB). One in ten is held out whole.
+Their text is licensed CC BY-SA 3.0, see data/wikipedia/SOURCE.txt.
+"""
+import bz2
+import html
+import random
+import re
+import sys
+import tempfile
+import zipfile
+import zlib
+from pathlib import Path
+from xml.etree import ElementTree
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # where the package data is found
+from data.common import (TOKENIZERS, Parser, encoding, fail, make_folder, wheel, write,
+                         write_whole)
+
+REQUIREMENT = "gensim==4.4.0"
+SHA256 = "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8"
+# One and the same wheel for every system: only a file in it is read.
+FLAGS = ("--python-version", "3.11", "--implementation", "cp", "--abi", "cp311",
+         "--platform", "manylinux_2_28_x86_64")
+DUMP = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+OTHERWISE = ("get that wheel, or a dump of Wikipedia (.xml.bz2), elsewhere and give it by --file, "
+             "or take another data set")
+LARGEST = 100_000_000              # bytes of XML that are read; gensim's are 6 million
+SOURCE = """{count} articles of the English Wikipedia, from {origin}, cleaned to plain text.
+Their authors are in the histories of the articles, https://en.wikipedia.org/wiki/TITLE.
+Licence: Creative Commons Attribution-ShareAlike 3.0 (CC BY-SA 3.0),
+https://creativecommons.org/licenses/by-sa/3.0/
+
+"""
+
+# --------------------------------------------------------------------------------------------------
+# Cleaning
+
+HIDDEN = re.compile(r"<!--.*?-->|<ref\b[^<>]*/>|"
+                    r"<(ref|math|gallery|timeline|source|imagemap)\b[^<>]*>.*?</\1\s*>",
+                    re.S | re.I)
+TEMPLATE = re.compile(r"\{\{([^{}]*)\}\}")
+TABLE = re.compile(r"\{\|(?:(?!\{\|).)*?\|\}", re.S)
+OUTER_LINK = re.compile(r"\[(?:https?:|ftp:|mailto:)?//[^\s\]]*\s*([^\[\]]*)\]")
+LINK = re.compile(r"\[\[((?:[^\[\]{}]|\[[^\[\]{}]*\])*)\]\]")
+NO_PROSE = re.compile(r"\s*(file|image|category|media|[a-z]{2,3}|simple)\s*:", re.I)
+KEPT = {"lang", "transl", "nowrap", "small", "smaller", "big", "angbr", "vanchor", "quote",
+        "nihongo"}
+ENDING = {"references", "external links", "see also", "further reading", "notes", "bibliography",
+          "footnotes", "sources", "citations", "notes and references", "gallery", "works cited"}
+
+
+def until_stable(pattern, replacement, text):
+    """Replace from the inside outwards, as what is replaced may lie in more of its kind."""
+    count = 1
+    while count:
+        text, count = pattern.subn(replacement, text)
+    return text
+
+
+def of_template(match):
+    """The few templates that stand for words of a sentence; all others are dropped."""
+    name, *rest = [part.strip() for part in match[1].split("|")]
+    name = name.lower()
+    words = [part for part in rest if not re.match(r"[\w ]+=", part)]
+    if name in ("convert", "cvt") and len(words) > 1:
+        return f"{words[0]} {words[1]}"
+    if (name in KEPT or name.startswith("lang-")) and words:
+        return words[0] if name in ("nihongo", "quote") else words[-1]
+    return ""
+
+
+def of_link(match):
+    """A link's words; of pictures and categories nothing."""
+    target, *words = match[1].split("|")
+    if NO_PROSE.match(target):
+        return ""
+    return words[-1] if words else target.removeprefix(":")
+
+
+def clean(text):
+    """Wikipedia's markup -> plain text: paragraphs, lists and headings, up to the references."""
+    text = HIDDEN.sub("", text)
+    text = OUTER_LINK.sub(r"\1", text)
+    text = until_stable(LINK, of_link, text)                     # they have bars, as templates have
+    text = until_stable(TEMPLATE, of_template, text)
+    text = until_stable(TABLE, "", text)
+    text = until_stable(LINK, of_link, text)                     # those around templates
+    text = re.sub(r"<br\s*/?>", "\n", text, flags=re.I)
+    text = re.sub(r"</?[a-zA-Z][^<>]*>|'{2,}|__[A-Z]+__", "", text)
+    text = html.unescape(text).replace("\u00a0", " ").replace("\u2009", " ")
+    # What templates left behind: brackets with nothing in them, space before a comma.
+    text = re.sub(r"\(\s*[,;:.\s]*\)", "", text)
+    text = re.sub(r"\([,;:\s]+", "(", text)
+    text = re.sub(r"[ \t]+([,.;:)])", r"\1", text)
+    text = re.sub(r",(\s*,)+", ",", text)
+    text = re.sub(r"[ \t]{2,}", " ", text)
+    return "\n".join(paragraphs(text)).strip() + "\n"
+
+
+def paragraphs(text):
+    """The lines of an article, one blank line between blocks; headings only where text follows."""
+    lines = []
+    waiting = []                                                 # headings without text so far
+    for line in map(str.strip, text.split("\n")):
+        heading = re.fullmatch(r"(=+)\s*(.*?)\s*\1", line)
+        if heading:
+            if len(heading[1]) == 2 and heading[2].lower() in ENDING:
+                break
+            waiting = [one for one in waiting if len(one[1]) < len(heading[1])] + [heading]
+            continue
+        line = re.sub(r"^[*#:;]+\s*", lambda mark: "- " if mark[0][0] in "*#" else "", line)
+        if not re.search(r"\w", line) or line[0] in "|!{}":
+            lines.append("")
+            continue
+        for one in waiting:
+            lines += ["", one[2], ""]
+        waiting = []
+        lines.append(line)
+    return [line for line, before in zip(lines, ["", *lines]) if line or before]
+
+
+# --------------------------------------------------------------------------------------------------
+# The articles
+
+def read_dump(path):
+    """The XML of a wheel's dump, or of a dump itself, unpacked no further than it may be large."""
+    content = path.read_bytes()
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            content = archive.read(f"gensim/test/test_data/{DUMP}")
+    unpacker = bz2.BZ2Decompressor()
+    xml = unpacker.decompress(content, LARGEST)
+    if not unpacker.eof:
+        raise ValueError(f"it is cut off, or larger than {LARGEST:,} bytes unpacked")
+    return content, xml
+
+
+def articles(xml):
+    """[(title, text)] of the articles, without redirects and those of a few lines."""
+    root = ElementTree.fromstring(xml)
+    space = root.tag.removesuffix("mediawiki")
+    found = []
+    for page in root.iter(f"{space}page"):
+        title = page.findtext(f"{space}title") or ""
+        text = page.findtext(f"{space}revision/{space}text") or ""
+        if page.find(f"{space}redirect") is None and page.findtext(f"{space}ns") == "0":
+            found.append((title, f"{title}\n\n{clean(text)}"))
+    return [(title, text) for title, text in found if len(text) > 1000]
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("--file", type=Path,
+                        help="the wheel, or a dump of Wikipedia (.xml.bz2): no download")
+    parser.add_argument("--tokenizer", default="smollm2", help=TOKENIZERS)
+    args = parser.parse_args()
+
+    encoding(args.tokenizer)                          # what is missing is said before any download
+    folder = make_folder("wikipedia")
+    kept = folder / DUMP
+    with tempfile.TemporaryDirectory(dir=folder) as aside:
+        path = args.file or kept
+        if not args.file and not kept.is_file():
+            print(f"fetching {REQUIREMENT} by pip: 27.8 MB, of which 1.7 MB are kept")
+            path = wheel(REQUIREMENT, SHA256, aside, OTHERWISE, FLAGS)
+        try:
+            content, xml = read_dump(path)
+            found = articles(xml)
+        except (OSError, ValueError, KeyError, EOFError, RuntimeError, zlib.error,
+                zipfile.BadZipFile, ElementTree.ParseError) as error:
+            fail(f"{path} holds no dump of Wikipedia ({error}); {OTHERWISE}")
+    if len(found) < 2:
+        fail(f"{path} has {len(found)} articles with text; it takes 2 at least")
+    if not args.file and path != kept:
+        write_whole(kept, content)
+
+    # Whole articles are held out, so that nothing of them is seen in training.
+    random.Random(1337).shuffle(found)
+    held_out = max(1, len(found) // 10)
+    origin = args.file.name if args.file else f"{REQUIREMENT}'s test data"
+    credit = SOURCE.format(count=len(found), origin=origin) + "\n".join(title for title, _ in found)
+    write_whole(folder / "SOURCE.txt", (credit + "\n").encode())
+    texts = [text for _, text in found]
+    write("wikipedia", dict(train=texts[held_out:], val=texts[:held_out]), args.tokenizer, origin)
+
+
+if __name__ == "__main__":
+    main()
