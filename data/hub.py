@@ -345,10 +345,12 @@ def kind_of(path):
     """What a file that is no weights is, by its first bytes; "" if that is not known."""
     with open(path, "rb") as file:
         start = file.read(32)
+    if start[8:9] == b"{":                         # the first 8 bytes are a length, any bytes
+        return f"a safetensors file; name it {SAFE}"
     for magic, kind in KINDS.items():
         if start.startswith(magic):
             return kind
-    return f"a safetensors file; name it {SAFE}" if start[8:10] == b'{"' else ""
+    return ""
 
 
 def read_safetensors(path):
@@ -412,11 +414,10 @@ def read_pickle(path):
     kind = kind_of(path)
     if kind and BIN not in kind:
         raise ValueError(f"{path} is {kind}")
-    zipped = zipfile.is_zipfile(path)
-    cut = path.stat().st_size == 0 or (kind.startswith("a zip") and not zipped)
-    if cut:
-        raise ValueError(f"{path} is cut off; delete it and fetch it again")
     try:
+        zipped = zipfile.is_zipfile(path)
+        if path.stat().st_size == 0 or (kind.startswith("a zip") and not zipped):
+            raise EOFError
         if zipped:
             check_zip(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
