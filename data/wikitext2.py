@@ -37,8 +37,9 @@ def main():
     parser.add_argument("--url", default=URL, help="of the zip: http, https or file")
     parser.add_argument("--file", type=Path, help="the zip, if it is here: no download")
     parser.add_argument("--tokenizer", default="opt", help=TOKENIZERS)
-    parser.add_argument("--opt-folder", help="folder with OPT's vocab.json and merges.txt (default: they "
-                        " are downloaded once, to ~/.cache/nanosea/facebook/opt-125m)")
+    parser.add_argument("--opt-folder",
+                        help="folder with OPT's vocab.json and merges.txt (default: they are "
+                        "downloaded once, to ~/.cache/nanosea/facebook/opt-125m)")
     args = parser.parse_args()
 
     path = args.file or make_folder("wikitext2") / "wikitext-2-raw-v1.zip"
