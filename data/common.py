@@ -102,7 +102,7 @@ def opt_encoding(folder):
 def smollm2_encoding(folder):
     if folder is None:
         folder = FOLDER / "smollm2"
-        if not folder.exists():
+        if not (folder / "vocab.json").is_file():
             raise ValueError("the smollm2 tokenizer is not here; python data/smollm2.py fetches it "
                              "with its model, or take --tokenizer bytes")
     vocab = hub.model_file(folder, "vocab.json")
