@@ -156,7 +156,7 @@ def make_optimizer(student):
 def distill(student, teacher, tokens, args, precision, optimizer, done=0, save=None):
     """Train the student from step `done` to args.steps -> the last losses.
 
-    save(step, stop) is called after the last step, every args.save_minutes and, with stop true, after Ctrl-C.
+    save(step, None) is called after the last step and every args.save_minutes, save(step, stop) after Ctrl-C.
     """
     run = engine.parallel(engine.compiled(student.train()))
     teach = engine.compiled(teacher.eval())
@@ -211,10 +211,7 @@ def load_teacher(args):
     if args.teacher == "out/dense-stdlib/ckpt.pt" and not Path(args.teacher).exists():
         fail("there is no teacher yet; make one: python train.py --attention dense")
     teacher, tokenizer, data = engine.load_model(args.teacher, args.device)
-    if args.context:
-        with one_line(ValueError):
-            teacher.set_context(args.context)
-    args.context = teacher.config.context
+    args.context = args.context or teacher.config.context
     args.data = args.data or data
     train, held_out, meta = common.load(args.data)
     if args.eval_only == "test":
@@ -223,7 +220,9 @@ def load_teacher(args):
         fail(f"data/{args.data} is written in {meta['tokenizer']} tokens and the teacher reads {tokenizer}; "
              f"prepare it with --tokenizer {tokenizer}, or take another --data")
     if min(len(train), len(held_out)) <= args.context:
-        fail(f"data/{args.data} is shorter than the teacher's context of {args.context}; take more text")
+        fail(f"data/{args.data} is shorter than the context of {args.context}; take more text")
+    if args.context != teacher.config.context:
+        teacher.set_context(args.context)
     return teacher, tokenizer, train, held_out
 
 
@@ -277,7 +276,7 @@ def main():
     def save(step, stop):
         engine.save_checkpoint(path, student, tokenizer=tokenizer, data=args.data, step=step,
                                settings=settings, before=(start, before), optimizers=[optimizer.state_dict()])
-        if stop:
+        if stop is not None:
             stop.leave(path, step, args.steps)
 
     begin = time.time()

@@ -181,6 +181,8 @@ def load_checkpoint(path, device):
         if not zipfile.is_zipfile(path):
             raise RuntimeError("cut off, or another kind of file")
         saved = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(saved, dict):
+            raise TypeError(f"it holds a {type(saved).__name__}")
         if "query_block" in saved["config"]:
             raise ValueError("it is of the first design")
         model = Transformer(Config(**saved.pop("config")))
@@ -197,7 +199,7 @@ def load_model(name, device):
     if str(name).endswith(".pt"):
         model, saved = load_checkpoint(name, device)
         return model, saved["tokenizer"], saved["data"]
-    with first_rank_first(device), one_line(ValueError, TypeError):
+    with first_rank_first(device), one_line(ValueError, TypeError, OSError):
         model = Transformer.from_pretrained(name).to(device)
     if model.config.architecture == "opt":
         return model, "opt", "wikitext2"

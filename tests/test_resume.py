@@ -3,6 +3,7 @@ import argparse
 import csv
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -16,20 +17,19 @@ import torch
 
 import data.common
 import distill
-from data import engine
+import engine
 import train
-from model import OPT, OPTConfig
-from sea import SEAConfig, SEAttention, attend, flat_csr_to_dense, pool, select
+from model import Config, Transformer
 
 ROOT = Path(train.__file__).parent
-MODEL = "--n-layer 1 --n-head 2 --n-embd 32 --context 32 --map-width 8 --keys-per-query 4 --query-block 4"
-TRAIN = (f"train --data tiny --device cpu {MODEL} --batch-size 2 --steps 6 --warmup 2 --eval-interval 2 "
-         "--eval-windows 3 --log-interval 1")
-DISTILL = ("distill --teacher t.pt --data tiny --device cpu --batch-size 2 --steps 6 --warmup 2 "
-           "--save-interval 2 --eval-windows 3 --log-interval 1")
+MODEL = "--n-layer 1 --n-head 2 --n-embd 32 --context 32 --keys-per-query 4 --block-size 4"
+TRAIN = f"train --data tiny --device cpu {MODEL} --batch-size 2 --steps 6 --out out --save-minutes 0"
+DISTILL = ("distill --teacher t.pt --data tiny --device cpu --batch-size 2 --steps 6 --eval-windows 3 "
+           "--out out --save-minutes 0")
 ENVIRONMENT = dict(os.environ, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
 # a script's main where data/ is another folder, which is the first argument
 ELSEWHERE = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; import data.common; "
+             "import train; train.EVAL_WINDOWS = 3; train.LOG_STEPS = 1; "
              "data.common.FOLDER = Path(sys.argv.pop(1)); sys.argv.pop(0); __import__(sys.argv[0]).main()")
 
 
@@ -50,8 +50,10 @@ def folder(tmp_path, monkeypatch):
     text = Path(argparse.__file__).read_text()[:9000]
     data.common.write("tiny", {"train": text, "val": text[:1100]}, "bytes", "a test")
     torch.manual_seed(0)
-    teacher = OPT(OPTConfig(256, 32, 1, 2, 32, "dense", map_width=8, keys_per_query=4, query_block=4))
+    teacher = Transformer(Config(256, 32, 1, 2, n_embd=32, attention="dense", keys_per_query=4, block_size=4))
     engine.save_checkpoint(tmp_path / "t.pt", teacher, tokenizer="bytes", data="tiny")
+    monkeypatch.setattr(train, "EVAL_WINDOWS", 3)
+    monkeypatch.setattr(train, "LOG_STEPS", 1)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -60,13 +62,15 @@ def run(line, monkeypatch, capsys):
     """Call a script's main: its exit status, and what it printed to stdout and stderr."""
     name, *arguments = line.split()
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
-    before, status = signal.getsignal(signal.SIGINT), 0
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    status = 0
     try:
         {"train": train, "distill": distill}[name].main()
     except SystemExit as stop:
         status = stop.code
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     printed = capsys.readouterr()
     return status, printed.out, printed.err
 
@@ -108,8 +112,7 @@ def kill_in_step(step, monkeypatch, how):
         if now == step:
             how()
         return real(tokens, context, args, now)
-    for module in (train, distill):
-        monkeypatch.setattr(module, "step_batches", batches)
+    monkeypatch.setattr(engine, "step_batches", batches)
     return calls
 
 
@@ -119,7 +122,7 @@ def fall():
 
 # ---- resume
 
-@pytest.mark.parametrize("line", [TRAIN, f"{TRAIN} --attention dense --accumulate 2", DISTILL])
+@pytest.mark.parametrize("line", [TRAIN, f"{TRAIN} --attention paper --accumulate 2", DISTILL])
 def test_a_killed_run_that_goes_on_is_the_whole_run_to_the_bit(line, folder, monkeypatch, capsys):
     assert run(f"{line} --out whole", monkeypatch, capsys)[0] == 0
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -127,7 +130,7 @@ def test_a_killed_run_that_goes_on_is_the_whole_run_to_the_bit(line, folder, mon
         run(f"{line} --out parts", patch, capsys)
     calls = kill_in_step(None, monkeypatch, None)
     status, out, _ = run(f"{line} --out parts --resume", monkeypatch, capsys)
-    assert status == 0 and calls == [5, 6] and "final:" in out
+    assert status == 0 and calls == [6] and "final:" in out
     assert_same_weights("whole/ckpt.pt", "parts/ckpt.pt")
     if line.startswith("train"):
         assert rows("whole/log.csv") == rows("parts/log.csv") and len(rows("parts/log.csv")) == 7
@@ -136,35 +139,38 @@ def test_a_killed_run_that_goes_on_is_the_whole_run_to_the_bit(line, folder, mon
 
 
 def test_training_draws_no_random_numbers_but_its_batches(folder, monkeypatch, capsys):
-    states = []
-    kill_in_step(4, monkeypatch, lambda: states.append(torch.get_rng_state()))
-    run(TRAIN, monkeypatch, capsys)
-    run(DISTILL, monkeypatch, capsys)
-    with monkeypatch.context() as patch:
-        kill_in_step(1, patch, lambda: states.append(torch.get_rng_state()))
-        run(TRAIN, patch, capsys)
-        run(DISTILL, patch, capsys)
-    assert len(states) == 4 and states[0].equal(states[2]) and states[1].equal(states[3])
+    for line in (TRAIN, DISTILL):
+        states = []
+        for step in (1, 4):
+            with monkeypatch.context() as patch:
+                kill_in_step(step, patch, lambda: states.append(torch.get_rng_state()))
+                run(f"{line} --overwrite", patch, capsys)
+        assert len(states) == 2 and states[0].equal(states[1])
 
 
 @pytest.mark.parametrize("line, more, hint", [
     (TRAIN, "--n-embd 64", "n_embd was 32"), (TRAIN, "--attention dense", "attention was sea"),
     (TRAIN, "--steps 8", "steps was 6"), (TRAIN, "--lr 1", "lr was"), (TRAIN, "--seed 2", "seed was 1337"),
-    (TRAIN, "--accumulate 2", "accumulate was 1"), (TRAIN, "--data other", "data was tiny"),
+    (TRAIN, "--accumulate 2", "accumulate was 1"), (TRAIN, "--data other", "data was"),
+    (TRAIN, "--seed 2 --lr 1", "lr was 0.0[0-9]*, now 1.0; seed was 1337, now 2"),
     (TRAIN, "--out nowhere", "leave --resume out"), (TRAIN, "--out .", "leave --resume out"),
-    (DISTILL, "--weight-text 1", "weight_text was 0.1"), (DISTILL, "--keys-per-query 8", "keys_per_query"),
-    (DISTILL, "--attention window", "attention was sea"), (DISTILL, "--teacher o.pt", "teacher was t.pt")])
+    (DISTILL, "--weights 1 1 1 1 1", "weights was"), (DISTILL, "--keys-per-query 8", "keys_per_query"),
+    (DISTILL, "--attention window", "attention was sea"), (DISTILL, "--teacher o.pt", "teacher was")])
 def test_a_run_goes_on_as_itself_alone(line, more, hint, folder, monkeypatch, capsys):
     (folder / "data" / "other").mkdir()
     for file in (folder / "data" / "tiny").iterdir():
         content = file.read_bytes()
-        (folder / "data" / "other" / file.name).write_bytes(content.replace(b"import", b"IMPORT"))
-    Path("o.pt").write_bytes(Path("t.pt").read_bytes())
+        if file.name == "train.bin":
+            content = np.frombuffer(content, np.uint16)[::-1].tobytes()      # as long, and other text
+        (folder / "data" / "other" / file.name).write_bytes(content)
+    other, rest = engine.load_checkpoint("t.pt", "cpu")
+    other.embed_tokens.weight.data += 1
+    engine.save_checkpoint(Path("o.pt"), other, **rest)
     Path("ckpt.pt").write_bytes(Path("t.pt").read_bytes())                   # for --out .: no optimizer in it
     assert run(f"{line} --out here", monkeypatch, capsys)[0] == 0
     before = Path("here/ckpt.pt").read_bytes(), Path("here").stat().st_mtime_ns
     status, _, err = run(f"{line} --out here --resume {more}", monkeypatch, capsys)
-    assert status == 2 and hint in err and one_line(err)
+    assert status == 2 and re.search(hint, err) and one_line(err)
     assert before == (Path("here/ckpt.pt").read_bytes(), Path("here").stat().st_mtime_ns)
 
 
@@ -173,7 +179,23 @@ def test_data_that_was_prepared_again_is_noticed(folder, monkeypatch, capsys):
     path = folder / "data" / "tiny" / "train.bin"
     path.write_bytes(np.fromfile(path, np.uint16)[::-1].tobytes())           # as long, and other text
     status, _, err = run(f"{TRAIN} --resume", monkeypatch, capsys)
-    assert status == 2 and "data was tiny" in err
+    assert status == 2 and "data was" in err
+
+
+@pytest.mark.parametrize("line", [TRAIN, DISTILL])
+def test_what_does_not_touch_the_numbers_may_change(line, folder, monkeypatch, capsys):
+    """Windows to evaluate on, minutes between checkpoints, names and places of the same data and teacher."""
+    assert run(f"{line} --out whole", monkeypatch, capsys)[0] == 0
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_in_step(4, patch, fall)
+        run(f"{line} --out parts", patch, capsys)
+    os.rename("data/tiny", "data/moved")
+    os.rename("parts", "elsewhere")
+    os.rename("t.pt", "moved.pt")
+    more = " --eval-windows 2 --teacher moved.pt" if line is DISTILL else ""
+    line = f"{line} --resume --out elsewhere --data moved --save-minutes 5 {more}"
+    assert run(line, monkeypatch, capsys)[0] == 0
+    assert_same_weights("whole/ckpt.pt", "elsewhere/ckpt.pt")
 
 
 def test_the_log_goes_on_whatever_is_in_it(folder, monkeypatch, capsys):
@@ -190,12 +212,26 @@ def test_the_log_goes_on_whatever_is_in_it(folder, monkeypatch, capsys):
 
 # ---- saving
 
+def test_checkpoints_by_the_clock(folder, monkeypatch, capsys):
+    real, steps = engine.save_checkpoint, []
+
+    def save(*args, **rest):
+        steps.append(rest["step"])
+        real(*args, **rest)
+
+    monkeypatch.setattr(engine, "save_checkpoint", save)
+    run(f"{TRAIN} --save-minutes 5", monkeypatch, capsys)
+    run(f"{TRAIN} --save-minutes 0 --overwrite", monkeypatch, capsys)
+    assert steps == [6, 1, 2, 3, 4, 5, 6]
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 def test_a_kill_while_saving_leaves_a_file_that_loads(folder):
-    model, path, chance = OPT(OPTConfig(n_embd=96, n_layer=4, context=64)), Path("ckpt.pt"), random.Random(0)
+    path, chance = Path("ckpt.pt"), random.Random(0)
+    model = Transformer(Config(n_embd=96, n_layer=4, context=64))
     engine.save_checkpoint(path, model, tokenizer="bytes", data="tiny", step=-1)
     steps, in_a_save = [], 0
-    for _ in range(20):
+    for _ in range(12):
         child = os.fork()
         if child == 0:
             for step in range(10 ** 6):
@@ -203,17 +239,23 @@ def test_a_kill_while_saving_leaves_a_file_that_loads(folder):
         time.sleep(chance.uniform(0.02, 0.15))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        in_a_save += path.with_name("ckpt.pt.part").exists()
+        left = list(Path().glob("ckpt.pt.*"))
+        in_a_save += len(left)
+        for part in left:
+            part.unlink()
         steps.append(engine.load_checkpoint(path, "cpu")[1]["step"])
     print(f"{len(steps)} kills, {in_a_save} of them in a save; the files were of steps {steps}")
     assert in_a_save and max(steps) > 0
 
 
 def test_sigkill_then_resume_in_processes_of_their_own(folder, monkeypatch, capsys):
-    line = f"{TRAIN} --steps 400 --eval-interval 1 --eval-windows 1"
+    """While the first one lives, a second run into its folder is refused; a kill leaves nothing behind."""
+    line = f"{TRAIN} --steps 400"
     killed = start(f"{line} --out killed", folder)
     while not any(text.startswith("step 5/") for text in killed.stdout):
         pass
+    status, _, err = run(f"{line} --out killed --overwrite", monkeypatch, capsys)
+    assert status == 2 and "another run is writing to killed" in err and one_line(err)
     killed.kill()
     killed.communicate()
     step = engine.load_checkpoint("killed/ckpt.pt", "cpu")[1]["step"]
@@ -228,12 +270,14 @@ def test_sigkill_then_resume_in_processes_of_their_own(folder, monkeypatch, caps
 
 
 @pytest.mark.parametrize("line", [TRAIN, DISTILL])
-def test_ctrl_c_saves_and_says_how_to_go_on(line, folder, monkeypatch, capsys):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_saves_and_says_how_to_go_on(line, name, folder, monkeypatch, capsys):
     run(f"{line} --out whole", monkeypatch, capsys)
+    number = getattr(signal, name)
     with monkeypatch.context() as patch:
-        kill_in_step(3, patch, lambda: signal.raise_signal(signal.SIGINT))
-        status, out, err = run(f"{line} --out parts", patch, capsys)
-    assert status == 130 and "step 3 of 6" in out.splitlines()[-1] and "--resume" in out
+        kill_in_step(3, patch, lambda: signal.raise_signal(number))
+        status, out, err = run(f"{line} --out parts --save-minutes 5", patch, capsys)
+    assert status == 128 + number and "step 3 of 6" in out.splitlines()[-1] and "--resume" in out
     assert one_line(err)
     assert run(f"{line} --out parts --resume", monkeypatch, capsys)[0] == 0
     assert_same_weights("whole/ckpt.pt", "parts/ckpt.pt")
@@ -256,7 +300,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(line, folder, monkeypatch, capsy
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert status == 2 and "cannot write" in err and one_line(err)
-    assert engine.load_checkpoint("out/ckpt.pt", "cpu")[1]["step"] == 2 and not list(folder.glob("*/*.part"))
+    assert engine.load_checkpoint("out/ckpt.pt", "cpu")[1]["step"] == 3 and not list(folder.glob("*/*.part"))
 
 
 @pytest.mark.parametrize("where", ["torch.save", "fsync", "log"])
@@ -272,44 +316,20 @@ def test_a_disk_that_is_full_elsewhere(where, folder, monkeypatch, capsys):
     kill_in_step(4, monkeypatch, fill)
     status, _, err = run(TRAIN, monkeypatch, capsys)
     assert status == 2 and "No space left" in err and one_line(err)
-    assert engine.load_checkpoint("out/ckpt.pt", "cpu")[1]["step"] == 2 and not list(folder.glob("*/*.part"))
+    assert engine.load_checkpoint("out/ckpt.pt", "cpu")[1]["step"] == 3 and not list(folder.glob("*/*.part"))
 
 
 # ---- numbers
 
 @pytest.mark.parametrize("line", [TRAIN, DISTILL])
 def test_a_loss_that_is_no_number_stops_the_run(line, folder, monkeypatch, capsys):
-    status, _, err = run(f"{line} --out out --lr 1e9 --warmup 0", monkeypatch, capsys)
-    assert status == 2 and "this is step" in err and "lower --lr" in err and one_line(err)
-
-
-def test_a_spoilt_step_does_not_touch_the_checkpoint(folder, monkeypatch, capsys):
-    real = OPT.attention_kl
-    broken = lambda model: real(model) / 0
-    kill_in_step(4, monkeypatch, lambda: monkeypatch.setattr(OPT, "attention_kl", broken))
-    status, _, err = run(TRAIN, monkeypatch, capsys)
-    assert status == 2 and "step 4" in err
+    real = Transformer.unembed
+    kill_in_step(4, monkeypatch, lambda: monkeypatch.setattr(
+        Transformer, "unembed", lambda model, x: real(model, x) * torch.inf))
+    status, _, err = run(line, monkeypatch, capsys)
+    assert status == 2 and "this is step 4" in err and "lower --lr" in err and one_line(err)
     model, saved = engine.load_checkpoint("out/ckpt.pt", "cpu")
-    assert saved["step"] == 2 and all(x.isfinite().all() for x in model.state_dict().values())
-
-
-@pytest.mark.parametrize("scale", [0., 1., 300., 60_000.])
-@pytest.mark.parametrize("equal", [False, True])
-def test_float16_stays_finite(scale, equal, T=70, W=16, M=8):
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(1, 2, T, 16).clamp(-1, 1) for _ in range(3))
-    if equal:                                                    # all scores of a row are the same
-        k = k[:, :, :1].expand_as(k)
-    q, k, v = (q * scale).half(), k.half(), v.half()
-    target = pool(q, k, M, W)
-    mask = select(target, M, 4)
-    out = attend(q, k, v, mask)
-    assert target.isfinite().all() and out.isfinite().all()
-    assert torch.allclose(target.sum(-1)[:, :, M:], torch.ones(()), atol=1e-3)
-    assert flat_csr_to_dense(mask, 1, 2).any(-1).all()
-    attention = SEAttention(SEAConfig(2, 16, W, 4, M)).half()
-    out = attention(q, k, v, (q, k))
-    assert out.isfinite().all() and attention.kl.isfinite()
+    assert saved["step"] == 3 and all(x.isfinite().all() for x in model.state_dict().values())
 
 
 # ---- several processes
@@ -318,15 +338,19 @@ DRIVER = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
-import data.common, distill, train
-data.common.FOLDER, real = Path("data").resolve(), train.step_batches
+import data.common, distill, engine, train
+data.common.FOLDER = Path("data").resolve()
+train.EVAL_WINDOWS = 3
+train.LOG_STEPS = 1
+real = engine.step_batches
 
 def batches(tokens, context, args, step):
-    if step == 3 and os.environ["RANK"] == "1" and not args.resume:        # Ctrl-C reaches one of them
+    stops = step == 3 and os.environ["RANK"] == "1" and not args.resume    # Ctrl-C reaches one of them
+    if stops and not args.overwrite:
         signal.raise_signal(signal.SIGINT)
     return real(tokens, context, args, step)
 
-train.step_batches = batches
+engine.step_batches = batches
 for line in {lines!r}:
     sys.argv = line.split()
     try:
@@ -337,10 +361,11 @@ for line in {lines!r}:
 
 
 def test_two_processes_are_one_with_twice_the_accumulation(folder, monkeypatch, capsys):
-    # all of the past, so that rounding does not change a selection; small steps, so that AdamW makes little
-    # of it where the estimator's gradients are tiny
+    # All of the past, so that rounding does not change a selection; small steps, so that optimizers make
+    # little of it where gradients are tiny.
     whole = " --keys-per-query 32 --lr 1e-4"
-    lines = [f"{TRAIN} --out train", f"{TRAIN} --out train --resume", f"{DISTILL} --out distill"]
+    lines = [f"{TRAIN} --out train", f"{TRAIN} --out train --resume", f"{DISTILL} --out distill",
+             f"{DISTILL} --out distill --overwrite"]
     lines = [f"{line} --accumulate 2{whole}" for line in lines]
     Path("driver.py").write_text(DRIVER.format(root=str(ROOT), lines=lines))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -350,14 +375,17 @@ def test_two_processes_are_one_with_twice_the_accumulation(folder, monkeypatch, 
         assert run(f"{line} --out one-{line.split()[0]} --accumulate 4{whole}", monkeypatch, capsys)[0] == 0
     printed, _ = two.communicate(timeout=120)
     print(printed)
-    assert two.returncode == 0 and "status 130" in printed and printed.count("final:") == 2
+    assert two.returncode == 0 and printed.count("status 130") == 2 == printed.count("final:")
     assert printed.count("step 6/6") == 2                                    # only the first one prints
-    numbers = lambda path: [[float(x or 0) for x in row] for row in rows(path)[1:]]
+    
+    def numbers(path):
+        return [[float(x or 0) for x in row] for row in rows(path)[1:]]
+
     for one, two in zip(numbers("one-train/log.csv"), numbers("train/log.csv"), strict=True):
-        assert two == pytest.approx(one, abs=1e-5)
+        assert two == pytest.approx(one, abs=1e-4)
     val = data.common.load("tiny")[1]
     for name in ("train", "distill"):
-        models = (engine.load_checkpoint(f"{out}/ckpt.pt", "cpu")[0] for out in (f"one-{name}", name))
-        one, two = (train.evaluate(model, val, 2, 50, nullcontext()) for model in models)
+        models = [engine.load_checkpoint(f"{out}/ckpt.pt", "cpu")[0] for out in (f"one-{name}", name)]
+        one, two = [train.evaluate(model, val, 2, 50, nullcontext()) for model in models]
         print(name, one, two)
-        assert two == pytest.approx(one, abs=1e-5)
+        assert two == pytest.approx(one, abs=1e-4)
