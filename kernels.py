@@ -1,1 +1,519 @@
-"""SEA in Triton."""
+"""
+SEA in Triton: sea_attention and attend, with the names, signatures and results of sea.py, which is the reference.
+
+    moments    one program for a coarse block: mean and half variance of its blocks and of itself
+    choose     one for some queries: the n best blocks of each, run twice: over coarse blocks, then inside those
+    attend     one for 16 queries: exact attention to the blocks that any of them chose, forward and backward
+
+What neighbouring queries choose is written as one list: of blocks, each with a bit for every query that chose it.
+Nothing T x W is stored, and nothing but speed depends on how many queries share a list. Products take the inputs'
+dtype and add up in float32. With TRITON_INTERPRET=1 all of it runs on the CPU, for tests.
+"""
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+INTERPRETED = triton.knobs.runtime.interpret
+UPCAST = tl.constexpr(INTERPRETED)
+LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-2 ** 31)
+HIGHEST = tl.constexpr(2 ** 31 - 1)
+
+LOOKING = 64        # queries of a program that looks at all coarse blocks
+REFINING = 16       # queries of a program that looks at blocks inside those, and so of a list of coarse blocks
+ATTENDING = 16      # queries of a program that attends, and so of a list of blocks
+
+
+class Lists(NamedTuple):
+    """The blocks that each G-th tile of neighbouring queries chose, in ascending order."""
+    blocks: Tensor      # (B, H, G, room) int32
+    bits: Tensor        # (B, H, G, room) int32: bit m of bits[i] - bits[i - 1] is set where query m chose block i
+    count: Tensor       # (B, H, G) int32, how many of them there are; what follows is not defined
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Tiles
+
+@triton.constexpr_function
+def padded(n):
+    """The size of a tile that holds n rows or columns: a power of two that the tensor cores take."""
+    return max(16, triton.next_power_of_2(n))
+
+
+@triton.jit
+def addresses(x, b, h, row, D: tl.constexpr):
+    """Of rows (n,) of one head of x, a tensor with three strides: (n, D padded), and which columns are real."""
+    d = tl.arange(0, padded(D))
+    head = x[0] + b.to(tl.int64) * x[1] + h.to(tl.int64) * x[2]
+    return head + row[:, None].to(tl.int64) * x[3] + d[None, :], (d < D)[None, :]
+
+
+@triton.jit
+def load(x, b, h, row, real, D: tl.constexpr):
+    """Rows (n,) of one head of x (B, H, T, D), zeros where they are not real: (n, D padded)."""
+    address, column = addresses(x, b, h, row, D)
+    return tl.load(address, mask=real[:, None] & column, other=0)
+
+
+@triton.jit
+def dot(x, y, acc=None):
+    """x y + acc in float32, of float32 inputs to the last bit: tf32 would keep 10 bits of them."""
+    if UPCAST:                             # the interpreter would multiply bfloat16's bits as integers
+        x = x.to(tl.float32)
+        y = y.to(tl.float32)
+    return tl.dot(x, y, acc, input_precision="ieee")
+
+
+def strided(x):
+    """x as the kernels take it: its address and all strides but the last, which is 1."""
+    return x, x.stride(0), x.stride(1), x.stride(2)
+
+
+@triton.jit
+def entries(lists, base, count, entry, own):
+    """Blocks of a list and their bits; behind the list come the blocks of the tile's queries, from `own` on."""
+    real = entry < count
+    block = tl.load(lists[0] + base + entry, mask=real, other=0)
+    bits = tl.load(lists[1] + base + entry, mask=real, other=0)
+    before = tl.load(lists[1] + base + entry - 1, mask=real & (entry > 0), other=0)
+    return tl.where(real, block, own + entry - count), bits - before
+
+
+def listed(lists):
+    """Lists as the kernels take them: the three tensors, how many lists a head has, and their room."""
+    return *lists, lists.blocks.shape[2], lists.blocks.shape[3]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Moments
+#
+#   for each of the Z blocks of a coarse block:  mean, variance of its S keys
+#   of the coarse block:  mean of means;  mean of variances + variance of means
+
+@triton.jit
+def moments_kernel(k, fine, wide, T, HKV, D: tl.constexpr, S: tl.constexpr, Z: tl.constexpr):
+    c = tl.program_id(0)
+    b = tl.program_id(1) // HKV
+    h = tl.program_id(1) % HKV
+    z = tl.arange(0, padded(Z))
+    block = c * Z + z
+    complete = (z < Z) & ((block + 1) * S <= T)
+
+    # Twice through the keys, which the cache keeps: a difference of squares would lose its digits.
+    total = tl.zeros([padded(Z), padded(D)], tl.float32)
+    for i in range(S):
+        total += load(k, b, h, block * S + i, complete, D).to(tl.float32)
+    mean = total / S
+    square = tl.zeros([padded(Z), padded(D)], tl.float32)
+    for i in range(S):
+        away = load(k, b, h, block * S + i, complete, D).to(tl.float32) - mean
+        square += away * away
+    half = square / (2 * S)
+    address, column = addresses(fine, b, h, block, D)
+    tl.store(address, mean, mask=complete[:, None] & column)
+    tl.store(address + D, half, mask=complete[:, None] & column)
+
+    if (c + 1) * Z * S <= T:
+        wide_mean = tl.sum(tl.where((z < Z)[:, None], mean, 0), 0)[None, :] / Z
+        away = mean - wide_mean
+        wide_half = tl.sum(tl.where((z < Z)[:, None], half + away * away / 2, 0), 0)[None, :] / Z
+        wide_address, wide_column = addresses(wide, b, h, c + tl.arange(0, 1), D)
+        tl.store(wide_address, wide_mean, mask=wide_column)
+        tl.store(wide_address + D, wide_half, mask=wide_column)
+
+
+def moments(k, block_size, coarse):
+    """Means and half variances of blocks and of coarse blocks, in k's dtype: (B, Hkv, W, 2D), (B, Hkv, W / coarse, 2D)."""
+    B, HKV, T, D = k.shape
+    fine = k.new_empty(B, HKV, T // block_size, 2 * D)
+    wide = k.new_empty(B, HKV, T // (block_size * coarse), 2 * D)
+    if fine.shape[2]:
+        grid = triton.cdiv(fine.shape[2], coarse), B * HKV
+        moments_kernel[grid](strided(k), strided(fine), strided(wide), T, HKV, D=D, S=block_size, Z=coarse, num_warps=1)
+    return fine, wide
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Choose
+#
+#   columns are all blocks or, in the second look, the blocks inside the coarse ones of the tile's list
+#   for each C columns:
+#       x = scores as integers of the same order, LOWEST where a block is no rival
+#       push x on the stacks: slot c of a query keeps the DEPTH largest of columns c, c + C, c + 2C, ...
+#   n times:  pop the largest of all slots
+#   if a slot ran dry that may have dropped something (rare):
+#       for each C columns:  while the largest x of a query beats the least of the n that it keeps, put it there
+#   join the n of each query, block 0 and the one before to a list for each tile
+#
+# Equal scores go to the lower block; those are equal that agree but in the lowest log2(grain) bits of a float32.
+
+@triton.jit
+def columns_of(look, column, Z: tl.constexpr):
+    """Blocks (C,) behind columns, and which of them the queries look at (M, C)."""
+    near, base, count, first_wide, own, query_bit = look[5:]
+    if near is None:
+        block = column
+        seen = (column >= 0)[None, :]
+    else:
+        wide, bits = entries(near, base, count, column // Z, first_wide)
+        lies_in = (column // Z >= count)[None, :] & (wide[None, :] == own // Z)
+        seen = ((bits[None, :] & query_bit[:, None]) != 0) | lies_in
+        block = wide * Z + column % Z
+    return block, seen
+
+
+@triton.jit
+def ranked(look, column, edge, D: tl.constexpr, Z: tl.constexpr):
+    """Scores (M, C) as integers of the same order, the highest for NaN; LOWEST, at an edge, for what is no rival."""
+    q1, q2, moments, head, W = look[:5]
+    block, seen = columns_of(look, column, Z)
+    address, real = addresses(moments, head[0], head[1], block, D)
+    real = (block < W)[:, None] & real
+    mean = tl.load(address, mask=real, other=0)                     # (C, D)
+    half = tl.load(address + D, mask=real, other=0)
+    scores = dot(q2, tl.trans(half), dot(q1, tl.trans(mean)))       # (M, C)
+    if UPCAST:                             # a GPU makes no negative NaN
+        scores = tl.where(scores == scores, scores, float("nan"))
+    bits = scores.to(tl.int32, bitcast=True)
+    x = bits ^ (bits >> 31 & HIGHEST)
+    if edge:
+        x = tl.where(seen & (block > 0)[None, :] & (block[None, :] < look[9] - 1), x, LOWEST)
+    return x
+
+
+@triton.jit
+def push(stack, x):
+    """x into sorted stacks, whose smallest falls out."""
+    pushed = ()
+    for d in tl.static_range(len(stack)):
+        pushed = pushed + (tl.maximum(stack[d], x),)
+        x = tl.minimum(stack[d], x)
+    return pushed
+
+
+@triton.jit
+def pop(stack, hit):
+    """The stacks without their largest, where hit."""
+    popped = ()
+    for d in tl.static_range(len(stack) - 1):
+        popped = popped + (tl.where(hit, stack[d + 1], stack[d]),)
+    return popped + (tl.where(hit, LOWEST, stack[len(stack) - 1]),)
+
+
+@triton.jit
+def join(block, real, out, first_tile, M: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr):
+    """Write the blocks (M, N) of M queries, where real, as one list for each TILE of them."""
+    m = tl.arange(0, M)[:, None]
+    key = tl.where(real, block * TILE + m % TILE, HIGHEST)
+    key = tl.sort(tl.reshape(key, [M // TILE, TILE * N]), 1)
+    block = key // TILE
+    i = tl.broadcast_to(tl.arange(0, TILE * N)[None, :], [M // TILE, TILE * N])
+    after = tl.gather(block, tl.minimum(i + 1, TILE * N - 1), 1)
+    last = ((key < HIGHEST) & ((block != after) | (i == TILE * N - 1))).to(tl.int32)
+    bits = tl.cumsum(1 << key % TILE, 1)                            # of equal blocks all differ: a sum joins them
+    tile = (first_tile + tl.arange(0, M // TILE)).to(tl.int64)
+    at = tile[:, None] * out[4] + tl.cumsum(last, 1) - last
+    tl.store(out[0] + at, block, mask=last != 0)
+    tl.store(out[1] + at, bits, mask=last != 0)
+    tl.store(out[2] + tile, tl.sum(last, 1))
+
+
+@triton.jit
+def by_stacks(look, columns, inner, n, grain, M: tl.constexpr, N: tl.constexpr, C: tl.constexpr, DEPTH: tl.constexpr,
+              D: tl.constexpr, Z: tl.constexpr):
+    """The columns of the n largest (M, N), -1 behind the last; and can we be sure that none was dropped?"""
+    c = tl.arange(0, C)
+    stack = (tl.full([M, C], LOWEST, tl.int32),) * DEPTH
+    for start in range(0, columns, C):
+        x = ranked(look, start + c, (start == 0) | (start + C > inner), D, Z)
+        x = tl.where(x == LOWEST, x, x & -grain | (grain - 1 - start // C))      # the lowest bits: which of a slot
+        stack = push(stack, x)
+    full = stack[DEPTH - 1] > LOWEST
+
+    chosen = tl.full([M, N], -1, tl.int32)
+    for i in range(n):
+        best = tl.max(stack[0], 1)
+        slot = tl.min(tl.where(stack[0] == best[:, None], c[None, :], C), 1)     # of equal ones the first
+        stack = pop(stack, c[None, :] == slot[:, None])
+        column = tl.where(best > LOWEST, (grain - 1 - (best & grain - 1)) * C + slot, -1)
+        chosen = tl.where(tl.arange(0, N)[None, :] == i, column[:, None], chosen)
+    return chosen, tl.max((full & (stack[0] == LOWEST)).to(tl.int32)) == 0
+
+
+@triton.jit
+def by_insertion(look, columns, n, grain, M: tl.constexpr, N: tl.constexpr, C: tl.constexpr,
+                 D: tl.constexpr, Z: tl.constexpr):
+    """The same, surely, and slower."""
+    c = tl.arange(0, C)
+    place = tl.arange(0, N)[None, :]
+    kept = tl.zeros([M, N], tl.int32) + tl.where(place < n, LOWEST, HIGHEST)
+    chosen = tl.zeros([M, N], tl.int32) + columns + C + place       # numbers that no column has
+    for start in range(0, columns, C):
+        x = ranked(look, start + c, True, D, Z)
+        x = tl.where(x == LOWEST, x, x & -grain | (grain - 1 - c)[None, :])      # the lowest bits: which column
+        best = tl.max(x, 1)
+        least = tl.min(kept, 1)
+        while tl.max(((best & -grain) > least).to(tl.int32)) > 0:
+            last = tl.max(tl.where(kept == least[:, None], chosen, -1), 1)       # of equal ones the last goes
+            hit = ((best & -grain) > least)[:, None] & (chosen == last[:, None])
+            kept = tl.where(hit, (best & -grain)[:, None], kept)
+            chosen = tl.where(hit, (start + grain - 1 - (best & grain - 1))[:, None], chosen)
+            x = tl.where(x == best[:, None], LOWEST, x)
+            best = tl.max(x, 1)
+            least = tl.min(kept, 1)
+    return tl.where(chosen < columns, chosen, -1)
+
+
+@triton.jit
+def choose_kernel(q, moments, near, out, scale, T, R, W, n, grain, H, HKV, D: tl.constexpr, S: tl.constexpr,
+                  Z: tl.constexpr, N: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr, C: tl.constexpr,
+                  DEPTH: tl.constexpr):
+    g = tl.num_programs(0) - 1 - tl.program_id(0)                   # the longest first
+    b = tl.program_id(1) // H
+    h = tl.program_id(1) % H
+    row = g * M + tl.arange(0, M)
+    own = tl.where(row < R, (T - R + row) // S, -1)[:, None]        # (M, 1)
+    exact = load(q, b, h, row, row < R, D).to(tl.float32) * scale   # (M, D)
+    q1 = exact.to(q[0].dtype.element_ty)
+    q2 = (exact * exact).to(q[0].dtype.element_ty)
+    query_bit = (1 << tl.arange(0, M) % 32).to(tl.int32)
+    head = b, h // (H // HKV)
+
+    first_wide = (T - R + g * M) // S // Z
+    if near is None:
+        base = 0
+        count = 0
+        columns = tl.max(own) - 1                                   # no later block is anybody's rival
+        inner = tl.min(own) - 1                                     # and before this one all are but block 0
+    else:
+        program = tl.program_id(1) * near[3] + g
+        base = program.to(tl.int64) * near[4]
+        count = tl.load(near[2] + program)
+        columns = (count + tl.max(own) // Z - first_wide + 1) * Z
+        inner = 0
+    look = q1, q2, moments, head, W, near, base, count, first_wide, own, query_bit
+
+    if DEPTH > 0:
+        chosen, sure = by_stacks(look, columns, inner, n, grain, M, N, C, DEPTH, D, Z)
+        if not sure:
+            chosen = by_insertion(look, columns, n, grain, M, N, C, D, Z)
+    else:
+        chosen = by_insertion(look, columns, n, grain, M, N, C, D, Z)
+
+    # The columns' blocks, and those that are always taken.
+    place = tl.arange(0, N)[None, :]
+    if near is None:
+        block = chosen
+    else:
+        wide, _ = entries(near, base, count, tl.maximum(chosen, 0) // Z, first_wide)
+        block = wide * Z + chosen % Z
+    block = tl.where(place == n, 0, tl.where(place == n + 1, own - 1, block))
+    real = ((place < n) & (chosen >= 0)) | ((place == n) & (own >= 1)) | ((place == n + 1) & (own >= 2))
+    join(block, real, out, tl.program_id(1) * out[3] + g * (M // TILE), M, N, TILE)
+
+
+def choose(q, moments, T, block_size, n, scale, rows, tile, near=None, coarse=1):
+    """Block 0, the block before and the n best of each query, of all blocks or of those inside `near`.
+
+    q (B, H, R, D), the last R of T; moments (B, Hkv, W, 2D) of blocks of block_size keys; rows: queries of a program,
+    and of a list of `near` -> Lists of `tile` queries. The own block is in no list.
+    """
+    B, H, R, D = q.shape
+    n = min(n, triton.cdiv(T, block_size))
+    programs = triton.cdiv(R, rows)
+    tiles = programs * (rows // tile)
+    room = min(triton.cdiv(T, block_size), tile * (n + 2))
+    lists = Lists(q.new_empty(B, H, tiles, room, dtype=torch.int32),
+                  q.new_empty(B, H, tiles, room, dtype=torch.int32),
+                  q.new_empty(B, H, tiles, dtype=torch.int32))
+    slots = 32 if rows == LOOKING else 16
+    grain = max(32, triton.next_power_of_2(triton.cdiv(triton.cdiv(T, block_size), slots)))
+    depth = 5 if n <= 8 else 7 if n <= 16 else 9 if n <= 32 else 0  # so that few tiles (1 %) have to be redone
+    choose_kernel[programs, B * H](
+        strided(q), strided(moments), near and listed(near), listed(lists), scale, T, R, moments.shape[2], n,
+        grain, H, moments.shape[1], D=D, S=block_size, Z=coarse, N=triton.next_power_of_2(n + 2), M=rows,
+        TILE=tile, C=slots, DEPTH=depth, num_warps=rows // 16, num_stages=3 if rows == LOOKING else 2)
+    return lists
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Attend
+#
+#   for SLOTS keys at a time of the blocks in the tile's list:
+#       scores, masked by each block's bits and by the future
+#       online softmax: new maximum m_i, rescale l_i and acc, add
+#   out = acc / l_i;  lse = m_i + log l_i
+#
+# backward, with p = exp(score - lse) and delta = sum_d dout out:
+#   dv += p^T dout        dscore = p (dout v^T - delta)        dq = dscore k        dk += dscore^T q
+#
+# A key's gradient comes from every tile that chose it. float32 atomics add them up, so that dk and dv vary in the
+# last bits from run to run.
+
+@triton.jit
+def slots(lists, tile, count, s, row, first_own, T, S: tl.constexpr, M: tl.constexpr, SLOTS: tl.constexpr):
+    """Slots s .. s + SLOTS - 1 of a list: their keys, which of them are real, and which query attends to which."""
+    slot = s + tl.arange(0, SLOTS)
+    entry = slot // S
+    block, bits = entries(lists, tile.to(tl.int64) * lists[4], count, entry, first_own)
+    key = block * S + slot % S
+    chosen = (bits[None, :] >> tl.arange(0, M)[:, None] & 1) != 0
+    own = (entry >= count)[None, :] & (block[None, :] == (row // S)[:, None])
+    return key, key < T, (chosen | own) & (key[None, :] <= row[:, None])
+
+
+@triton.jit
+def attend_kernel(q, k, v, out, lse, lists, scale, T, R, H, HKV,
+                  D: tl.constexpr, S: tl.constexpr, M: tl.constexpr, SLOTS: tl.constexpr):
+    g = tl.num_programs(0) - 1 - tl.program_id(0)
+    b = tl.program_id(1) // H
+    h = tl.program_id(1) % H
+    kv = h // (H // HKV)
+    row = g * M + tl.arange(0, M)
+    tile = tl.program_id(1) * lists[3] + g
+    count = tl.load(lists[2] + tile)
+    own = (T - R + g * M) // S                                      # of the first query, and how many come after
+    owns = tl.minimum(T - R + g * M + M - 1, T - 1) // S - own + 1
+    q_tile = load(q, b, h, row, row < R, D)                         # (M, D)
+
+    m_i = tl.full([M], -1e30, tl.float32)                           # not -inf: a query may have no key in a tile
+    l_i = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, padded(D)], tl.float32)
+    for s in range(0, (count + owns) * S, SLOTS):
+        key, real, mine = slots(lists, tile, count, s, T - R + row, own, T, S, M, SLOTS)
+        k_tile = load(k, b, kv, key, real, D)                       # (SLOTS, D)
+        v_tile = load(v, b, kv, key, real, D)
+        scores = tl.where(mine, dot(q_tile, tl.trans(k_tile)) * (scale * LOG2E), -1e30)        # (M, SLOTS)
+        m_new = tl.maximum(m_i, tl.max(scores, 1))
+        p = tl.where(mine, tl.exp2(scores - m_new[:, None]), 0)
+        shrink = tl.exp2(m_i - m_new)
+        l_i = l_i * shrink + tl.sum(p, 1)
+        acc = dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None])
+        m_i = m_new
+
+    address, column = addresses(out, b, h, row, D)
+    tl.store(address, acc / l_i[:, None], mask=(row < R)[:, None] & column)
+    tl.store(lse + tl.program_id(1).to(tl.int64) * R + row, m_i + tl.log2(l_i), mask=row < R)
+
+
+@triton.jit
+def attend_backward_kernel(q, k, v, out, lse, dout, dq, dk, dv, lists, scale, T, R, H, HKV,
+                           D: tl.constexpr, S: tl.constexpr, M: tl.constexpr, SLOTS: tl.constexpr):
+    g = tl.num_programs(0) - 1 - tl.program_id(0)
+    b = tl.program_id(1) // H
+    h = tl.program_id(1) % H
+    kv = h // (H // HKV)
+    row = g * M + tl.arange(0, M)
+    tile = tl.program_id(1) * lists[3] + g
+    count = tl.load(lists[2] + tile)
+    own = (T - R + g * M) // S                                      # of the first query, and how many come after
+    owns = tl.minimum(T - R + g * M + M - 1, T - 1) // S - own + 1
+    q_tile = load(q, b, h, row, row < R, D)                         # (M, D)
+    dout_tile = load(dout, b, h, row, row < R, D)
+    lse_tile = tl.load(lse + tl.program_id(1).to(tl.int64) * R + row, mask=row < R, other=0)
+    delta = tl.sum(dout_tile.to(tl.float32) * load(out, b, h, row, row < R, D).to(tl.float32), 1)
+
+    acc = tl.zeros([M, padded(D)], tl.float32)
+    for s in range(0, (count + owns) * S, SLOTS):
+        key, real, mine = slots(lists, tile, count, s, T - R + row, own, T, S, M, SLOTS)
+        k_tile = load(k, b, kv, key, real, D)                       # (SLOTS, D)
+        v_tile = load(v, b, kv, key, real, D)
+        scores = dot(q_tile, tl.trans(k_tile)) * (scale * LOG2E)    # (M, SLOTS)
+        p = tl.where(mine & (row < R)[:, None], tl.exp2(scores - lse_tile[:, None]), 0)
+        address, column = addresses(dv, b, kv, key, D)
+        tl.atomic_add(address, dot(tl.trans(p.to(dout_tile.dtype)), dout_tile), mask=real[:, None] & column, sem="relaxed")
+        dscore = p * (dot(dout_tile, tl.trans(v_tile)) - delta[:, None]) * scale
+        dscore = dscore.to(q_tile.dtype)
+        address, column = addresses(dk, b, kv, key, D)
+        tl.atomic_add(address, dot(tl.trans(dscore), q_tile), mask=real[:, None] & column, sem="relaxed")
+        acc = dot(dscore, k_tile, acc)
+    address, column = addresses(dq, b, h, row, D)
+    tl.store(address, acc, mask=(row < R)[:, None] & column)
+
+
+class Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, scale, block_size, lists):
+        B, H, R, D = q.shape
+        ctx.grid = triton.cdiv(R, ATTENDING), B * H
+        ctx.sizes = scale, k.shape[2], R, H, k.shape[1]
+        ctx.tiles = dict(D=D, S=block_size, M=ATTENDING, SLOTS=32, num_warps=1)
+        ctx.lists = listed(lists)
+        out = torch.empty_like(q)
+        lse = q.new_empty(B, H, R, dtype=torch.float32)
+        attend_kernel[ctx.grid](strided(q), strided(k), strided(v), strided(out), lse, ctx.lists, *ctx.sizes, **ctx.tiles)
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        q, k, v, out, lse = ctx.saved_tensors
+        dq = torch.empty_like(q)
+        dk = torch.zeros_like(k, dtype=torch.float32)
+        dv = torch.zeros_like(v, dtype=torch.float32)
+        tensors = [strided(x) for x in (q, k, v, out)]
+        gradients = [strided(x) for x in (dense_rows(dout), dq, dk, dv)]
+        attend_backward_kernel[ctx.grid](*tensors, lse, *gradients, ctx.lists, *ctx.sizes, **ctx.tiles)
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
+
+
+def packed(chosen):
+    """chosen (B, H, R, W) bool -> Lists."""
+    R, W = chosen.shape[2:]
+    tiles = torch.nn.functional.pad(chosen, (0, 0, 0, -R % ATTENDING)).unflatten(2, (-1, ATTENDING))
+    bit = 1 << torch.arange(ATTENDING, device=chosen.device)
+    bits = (tiles * bit[:, None]).sum(3, dtype=torch.int32)                               # (B, H, G, W)
+    used = bits != 0
+    count = used.sum(-1, dtype=torch.int32)
+    order = used.byte().argsort(dim=-1, descending=True, stable=True)[..., :int(count.max()) if W else 0]
+    return Lists(order.int(), bits.gather(-1, order).cumsum(-1, dtype=torch.int32), count)
+
+
+def dense_rows(x):
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def checked(q, k, v):
+    """Say what is wrong with an input before a kernel reads past its end; q, k and v with rows that are dense."""
+    for name, x in dict(q=q, k=k, v=v).items():
+        if x.device != q.device or not (x.is_cuda or INTERPRETED):
+            raise ValueError(f"{name} is on {x.device}; the kernels need all their tensors on one CUDA device")
+        if x.dtype != q.dtype or x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            raise ValueError(f"{name} is {x.dtype}; q, k and v must be all bfloat16, float16 or float32")
+    if q.shape[3] % 8 or not 8 <= q.shape[3] <= 128:
+        raise ValueError(f"the width of a head is {q.shape[3]}; the kernels take multiples of 8 up to 128")
+    return dense_rows(q), dense_rows(k), dense_rows(v)
+
+
+@torch.compiler.disable
+def attend(q, k, v, chosen, block_size):
+    """Exact softmax attention to the chosen blocks and, up to the query itself, to its own block, as sea.attend."""
+    q, k, v = checked(q, k, v)
+    return Attend.apply(q, k, v, 1.0, block_size, packed(chosen))
+
+
+@torch.compiler.disable
+def sea_attention(q, k, v, block_size=8, keys_per_query=48, coarse=8, scale=None):
+    """Causal attention of each query to the blocks of keys with the most estimated mass, as sea.sea_attention.
+
+    q (B, H, R, D), k and v (B, Hkv, T, D) -> (B, H, R, D).
+    """
+    q, k, v = checked(q, k, v)
+    T = k.shape[2]
+    wide = block_size * coarse
+    n_coarse = max(8, keys_per_query // min(16, wide))
+    n = max(1, keys_per_query // block_size)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+
+    with torch.no_grad():
+        fine_moments, wide_moments = moments(k, block_size, coarse)
+        near = None                                                 # few coarse blocks: all would be near
+        if T // wide > n_coarse + 2:
+            near = choose(q, wide_moments, T, wide, n_coarse, scale, LOOKING, REFINING)
+        lists = choose(q, fine_moments, T, block_size, n, scale, REFINING, ATTENDING, near, coarse)
+    return Attend.apply(q, k, v, scale, block_size, lists)
