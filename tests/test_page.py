@@ -1,4 +1,4 @@
-"""The page of sample.py --attention: it holds the model's pictures, bears any text and works in a browser."""
+"""The page of sample.py --page: it holds the model's pictures, bears any text and works in a browser."""
 import base64
 import json
 import os
@@ -14,8 +14,9 @@ import pytest
 import torch
 
 import sample
-from data.engine import save_checkpoint
-from model import OPT, OPTConfig, Trace
+from engine import save_checkpoint
+from model import Config, Transformer
+from sea import estimated_attention
 
 # tokens to trip over: tags, halves of a character, controls
 ODD = [b"</script>", b"<!--", b"<script>", b" <b>", b"&amp;\"'\\", b"PAGE_DATA", "\u00e9".encode(),
@@ -27,8 +28,8 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 def small_model(**more):
     """Large weights make its attention uneven, as a trained model's is."""
     torch.manual_seed(0)
-    shape = dict(context=256, n_layer=4, n_head=4, n_embd=64, map_width=32, keys_per_query=8, query_block=8)
-    model = OPT(OPTConfig(**{**shape, **more})).eval()
+    shape = dict(context=256, n_layer=4, n_head=4, n_embd=64, keys_per_query=16, block_size=8)
+    model = Transformer(Config(**{**shape, **more})).eval()
     for block in model.layers:
         for linear in (block.self_attn.q_proj, block.self_attn.k_proj):
             torch.nn.init.normal_(linear.weight, std=0.3)
@@ -75,16 +76,14 @@ def shades(packed, T):
 
 # ---- the data
 
-def test_the_pictures_are_those_of_look(written):
+def test_the_pictures_are_those_of_sea(written):
     model, idx, page = written
     data, T = data_of(page), idx.shape[1]
-    assert list(data["layers"]) == ["0", "1", "2", "3"] and data["query_block"] == 8
+    assert list(data["layers"]) == ["0", "1", "2", "3"] and data["block_size"] == 8
     for layer, head in ((0, 0), (1, 3), (3, 2)):
         shown = data["layers"][str(layer)][head]
-        with Trace(model) as seen:
-            model(idx)
-        attention, *qkv = seen.attended[layer]
-        estimate, mask, used = (picture[0, head] for picture in attention.look(*qkv))
+        seen = model(idx, trace=True).trace[layer]
+        estimate, mask, used = [picture[0, head] for picture in estimated_attention(seen.q, seen.k, 8, 16)]
         for name, picture in (("estimate", estimate), ("used", used), ("mask", mask.float())):
             exact = 255 * picture.detach().numpy().astype(np.float64) ** (1 / 3)
             assert np.abs(exact - shades(shown[name], T)).max() < 0.51
@@ -125,35 +124,41 @@ def test_a_page_can_be_mailed(written, monkeypatch):
 # ---- the flags
 
 def test_layers_can_be_chosen(tmp_path, monkeypatch, capsys):
-    status, out, _ = run("--attention a.html --layers 3 1", "some text", tmp_path, small_model(), monkeypatch,
+    status, out, _ = run("--page a.html --layers 3 1", "some text", tmp_path, small_model(), monkeypatch,
                          capsys)
     assert status == 0 and "layers 1 3 of 0 to 3" in out
     assert list(data_of(tmp_path / "a.html")["layers"]) == ["1", "3"]
 
 
-def test_keys_per_query_and_stats(tmp_path, monkeypatch, capsys):
+def test_keys_per_query_and_speed(tmp_path, monkeypatch, capsys):
     keys = []
-    for number in (4, 16):
-        line = f"--attention a.html --layers 0 --keys-per-query {number}"
+    for number in (8, 40):
+        line = f"--page a.html --layers 0 --keys-per-query {number}"
         assert run(line, "some text " * 12, tmp_path, small_model(), monkeypatch, capsys)[0] == 0
         keys.append(np.mean([head["keys"] for head in data_of(tmp_path / "a.html")["layers"]["0"]]))
     assert keys[1] > keys[0] + 4
-    status, out, err = run("--max-new-tokens 3 --stats", "ab", tmp_path, small_model(), monkeypatch, capsys)
+    status, out, err = run("--max-new-tokens 3", "ab", tmp_path, small_model(), monkeypatch, capsys)
     assert status == 0 and out.startswith("ab") and "tokens/s" not in out
-    assert re.fullmatch(r"[\d.]+ tokens/s, .* [\d.]+ GiB\n", err)
+    assert re.fullmatch(r"[\d.]+ tokens/s, [\d.]+ GiB\n", err)
+
+
+def test_a_dense_model_under_another_attention(tmp_path, monkeypatch, capsys):
+    status, out, _ = run("--page a.html --attention sea --layers 0", "some text " * 8, tmp_path,
+                         small_model(attention="dense", architecture="llama", n_kv_head=2), monkeypatch, capsys)
+    assert status == 0 and len(data_of(tmp_path / "a.html")["layers"]["0"]) == 4
 
 
 @pytest.mark.parametrize("line, prompt, kind, hint", [
-    ("--attention a.html", "", "sea", "--prompt"),
-    ("--attention no/such/a.html", "x", "sea", "no/such/a.html"),
-    ("--attention .", "x", "sea", "name a file"),
-    ("--attention a.html --layers 4", "x", "sea", "layers 0 to 3"),
-    ("--attention a.html --layers -1", "x", "sea", "--layers"),
-    ("--layers 1", "x", "sea", "--attention"),
-    ("--attention a.html", "x" * 257, "sea", "257 tokens"),
-    ("--attention a.html", "x", "dense", "no estimate to show"),
-    ("--attention a.html", "x", "performer", "no estimate to show"),
-    ("--attention a.html", "x", "window", "no estimate to show"),
+    ("--page a.html", "", "sea", "--prompt"),
+    ("--page no/such/a.html", "x", "sea", "no/such/a.html"),
+    ("--page .", "x", "sea", "name a file"),
+    ("--page a.html --layers 4", "x", "sea", "layers 0 to 3"),
+    ("--page a.html --layers -1", "x", "sea", "--layers"),
+    ("--layers 1", "x", "sea", "--page"),
+    ("--page a.html", "x" * 257, "sea", "257 tokens"),
+    ("--page a.html", "x", "dense", "no estimate to show"),
+    ("--page a.html", "x", "performer", "no estimate to show"),
+    ("--page a.html", "x", "window", "no estimate to show"),
     ("--keys-per-query 4", "x", "dense", "--keys-per-query"),
     ("--keys-per-query 0", "x", "sea", "--keys-per-query"),
 ])
@@ -170,7 +175,7 @@ def test_a_write_that_fails_leaves_the_old_page(function, tmp_path, monkeypatch,
     (tmp_path / "a.html").write_text("the old page")
     real, late = sample.write_whole, lambda *args: monkeypatch.setattr(os, function, full) or real(*args)
     monkeypatch.setattr(sample, "write_whole", late)             # the disk is full from here on
-    status, _, err = run("--attention a.html", "x", tmp_path, small_model(), monkeypatch, capsys)
+    status, _, err = run("--page a.html", "x", tmp_path, small_model(), monkeypatch, capsys)
     assert status == 2 and "No space left" in err and len(err.strip().splitlines()) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.html", "ckpt.pt"]
     assert (tmp_path / "a.html").read_text() == "the old page"
