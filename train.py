@@ -28,9 +28,9 @@ from model import ATTENTIONS, Config, Transformer
 
 PRESETS = {
     "cuda": dict(n_layer=8, n_head=8, n_embd=512, context=2048, block_size=8, keys_per_query=48,
-                 batch_size=8, steps=2000, lr=3e-3),
+                 batch_size=8, steps=2000, lr=4e-3),
     "cpu": dict(n_layer=4, n_head=4, n_embd=128, context=128, block_size=4, keys_per_query=8,
-                batch_size=12, steps=1000, lr=1e-2),
+                batch_size=12, steps=800, lr=1e-2),
 }
 WEIGHT_DECAY = 0.1        # of matrices; nothing else decays
 CLIP = 1.0                # largest norm of the gradient
