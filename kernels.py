@@ -1,13 +1,15 @@
 """
-SEA in Triton: sea_attention and attend, with the names, signatures and results of sea.py, which is the reference.
+SEA in Triton: sea_attention and attend, with the names, signatures and results of sea.py.
 
-    moments    one program for a coarse block: mean and half variance of its blocks and of itself
-    choose     one for some queries: the n best blocks of each, run twice: over coarse blocks, then inside those
-    attend     one for 16 queries: exact attention to the blocks that any of them chose, forward and backward
+    moments    a program for a coarse block: mean and half variance of its blocks and of itself
+    choose     one for some queries: the n best blocks of each. It runs twice: over all coarse
+               blocks, then over the blocks inside those
+    attend     one for 16 queries: exact attention to the blocks that any of them chose
 
-What neighbouring queries choose is written as one list: of blocks, each with a bit for every query that chose it.
-Nothing T x W is stored, and nothing but speed depends on how many queries share a list. Products take the inputs'
-dtype and add up in float32. With TRITON_INTERPRET=1 all of it runs on the CPU, for tests.
+What neighbouring queries choose is written as one list of blocks, each with a bit for every query
+that chose it. Nothing T x W is stored, and only speed depends on how many queries share a list.
+Products take the inputs' dtype and add up in float32. With TRITON_INTERPRET=1 all of it runs on
+the CPU, for tests.
 """
 from typing import NamedTuple
 
@@ -24,29 +26,32 @@ LOWEST = tl.constexpr(-2 ** 31)
 HIGHEST = tl.constexpr(2 ** 31 - 1)
 
 LOOKING = 64        # queries of a program that looks at all coarse blocks
-REFINING = 16       # queries of a program that looks at blocks inside those, and so of a list of coarse blocks
-ATTENDING = 16      # queries of a program that attends, and so of a list of blocks
+REFINING = 16       # queries of one that looks inside those, which share a list of coarse blocks
+ATTENDING = 16      # queries of one that attends, which share a list of blocks
 
 
 class Lists(NamedTuple):
-    """The blocks that each G-th tile of neighbouring queries chose, in ascending order."""
+    """The blocks that each of G tiles of neighbouring queries chose, in ascending order.
+
+    Bit m of bits[i] - bits[i - 1] is set where the tile's query m chose blocks[i].
+    """
     blocks: Tensor      # (B, H, G, room) int32
-    bits: Tensor        # (B, H, G, room) int32: bit m of bits[i] - bits[i - 1] is set where query m chose block i
-    count: Tensor       # (B, H, G) int32, how many of them there are; what follows is not defined
+    bits: Tensor        # (B, H, G, room) int32
+    count: Tensor       # (B, H, G) int32: what lies behind so many entries is not defined
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tiles
 
 @triton.constexpr_function
 def padded(n):
-    """The size of a tile that holds n rows or columns: a power of two that the tensor cores take."""
+    """The size of a tile for n rows or columns: a power of two that the tensor cores take."""
     return max(16, triton.next_power_of_2(n))
 
 
 @triton.jit
 def addresses(x, b, h, row, D: tl.constexpr):
-    """Of rows (n,) of one head of x, a tensor with three strides: (n, D padded), and which columns are real."""
+    """Of rows (n,) of a head of x: addresses (n, D padded), and which columns are real (1, ...)."""
     d = tl.arange(0, padded(D))
     head = x[0] + b.to(tl.int64) * x[1] + h.to(tl.int64) * x[2]
     return head + row[:, None].to(tl.int64) * x[3] + d[None, :], (d < D)[None, :]
@@ -62,7 +67,7 @@ def load(x, b, h, row, real, D: tl.constexpr):
 @triton.jit
 def dot(x, y, acc=None):
     """x y + acc in float32, of float32 inputs to the last bit: tf32 would keep 10 bits of them."""
-    if UPCAST:                             # the interpreter would multiply bfloat16's bits as integers
+    if UPCAST:                             # the interpreter would multiply bfloat16's bits
         x = x.to(tl.float32)
         y = y.to(tl.float32)
     return tl.dot(x, y, acc, input_precision="ieee")
@@ -75,7 +80,7 @@ def strided(x):
 
 @triton.jit
 def entries(lists, base, count, entry, own):
-    """Blocks of a list and their bits; behind the list come the blocks of the tile's queries, from `own` on."""
+    """Blocks of a list and their bits; behind it come those of the queries, from own on."""
     real = entry < count
     block = tl.load(lists[0] + base + entry, mask=real, other=0)
     bits = tl.load(lists[1] + base + entry, mask=real, other=0)
@@ -84,11 +89,11 @@ def entries(lists, base, count, entry, own):
 
 
 def listed(lists):
-    """Lists as the kernels take them: the three tensors, how many lists a head has, and their room."""
+    """Lists as the kernels take them: the three tensors, how many a head has, and their room."""
     return *lists, lists.blocks.shape[2], lists.blocks.shape[3]
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Moments
 #
 #   for each of the Z blocks of a coarse block:  mean, variance of its S keys
@@ -127,29 +132,31 @@ def moments_kernel(k, fine, wide, T, HKV, D: tl.constexpr, S: tl.constexpr, Z: t
 
 
 def moments(k, block_size, coarse):
-    """Means and half variances of blocks and of coarse blocks, in k's dtype: (B, Hkv, W, 2D), (B, Hkv, W / coarse, 2D)."""
+    """Means and half variances in k's dtype, of blocks (B, Hkv, W, 2D) and of coarse blocks."""
     B, HKV, T, D = k.shape
     fine = k.new_empty(B, HKV, T // block_size, 2 * D)
     wide = k.new_empty(B, HKV, T // (block_size * coarse), 2 * D)
     if fine.shape[2]:
         grid = triton.cdiv(fine.shape[2], coarse), B * HKV
-        moments_kernel[grid](strided(k), strided(fine), strided(wide), T, HKV, D=D, S=block_size, Z=coarse, num_warps=1)
+        moments_kernel[grid](strided(k), strided(fine), strided(wide), T, HKV,
+                             D=D, S=block_size, Z=coarse, num_warps=1)
     return fine, wide
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Choose
 #
-#   columns are all blocks or, in the second look, the blocks inside the coarse ones of the tile's list
+#   columns are all blocks or, in the second look, the blocks inside the coarse ones of a list
 #   for each C columns:
 #       x = scores as integers of the same order, LOWEST where a block is no rival
-#       push x on the stacks: slot c of a query keeps the DEPTH largest of columns c, c + C, c + 2C, ...
+#       push x on stacks: slot c of a query keeps the DEPTH largest of columns c, c + C, c + 2C, ...
 #   n times:  pop the largest of all slots
-#   if a slot ran dry that may have dropped something (rare):
-#       for each C columns:  while the largest x of a query beats the least of the n that it keeps, put it there
+#   if a slot ran dry that may have dropped something (rare), once more:
+#       for each C columns:  while the largest x of a query beats the least of the n it keeps, swap
 #   join the n of each query, block 0 and the one before to a list for each tile
 #
-# Equal scores go to the lower block; those are equal that agree but in the lowest log2(grain) bits of a float32.
+# Equal scores go to the lower block, and those count as equal that differ in the lowest log2(grain)
+# bits of a float32 alone: they give way to the column's number, so that no two of a slot are equal.
 
 @triton.jit
 def columns_of(look, column, Z: tl.constexpr):
@@ -168,7 +175,7 @@ def columns_of(look, column, Z: tl.constexpr):
 
 @triton.jit
 def ranked(look, column, edge, D: tl.constexpr, Z: tl.constexpr):
-    """Scores (M, C) as integers of the same order, the highest for NaN; LOWEST, at an edge, for what is no rival."""
+    """Scores (M, C) as integers of the same order, NaN highest; at an edge LOWEST for no rivals."""
     q1, q2, moments, head, W = look[:5]
     block, seen = columns_of(look, column, Z)
     address, real = addresses(moments, head[0], head[1], block, D)
@@ -214,7 +221,7 @@ def join(block, real, out, first_tile, M: tl.constexpr, N: tl.constexpr, TILE: t
     i = tl.broadcast_to(tl.arange(0, TILE * N)[None, :], [M // TILE, TILE * N])
     after = tl.gather(block, tl.minimum(i + 1, TILE * N - 1), 1)
     last = ((key < HIGHEST) & ((block != after) | (i == TILE * N - 1))).to(tl.int32)
-    bits = tl.cumsum(1 << key % TILE, 1)                            # of equal blocks all differ: a sum joins them
+    bits = tl.cumsum(1 << key % TILE, 1)                            # no bit comes twice for a block
     tile = (first_tile + tl.arange(0, M // TILE)).to(tl.int64)
     at = tile[:, None] * out[4] + tl.cumsum(last, 1) - last
     tl.store(out[0] + at, block, mask=last != 0)
@@ -223,21 +230,21 @@ def join(block, real, out, first_tile, M: tl.constexpr, N: tl.constexpr, TILE: t
 
 
 @triton.jit
-def by_stacks(look, columns, inner, n, grain, M: tl.constexpr, N: tl.constexpr, C: tl.constexpr, DEPTH: tl.constexpr,
-              D: tl.constexpr, Z: tl.constexpr):
-    """The columns of the n largest (M, N), -1 behind the last; and can we be sure that none was dropped?"""
+def by_stacks(look, columns, inner, n, grain, M: tl.constexpr, N: tl.constexpr, C: tl.constexpr,
+              DEPTH: tl.constexpr, D: tl.constexpr, Z: tl.constexpr):
+    """The columns of the n largest (M, N), else -1; and is it sure that none was lost?"""
     c = tl.arange(0, C)
     stack = (tl.full([M, C], LOWEST, tl.int32),) * DEPTH
     for start in range(0, columns, C):
         x = ranked(look, start + c, (start == 0) | (start + C > inner), D, Z)
-        x = tl.where(x == LOWEST, x, x & -grain | (grain - 1 - start // C))      # the lowest bits: which of a slot
+        x = tl.where(x == LOWEST, x, x & -grain | (grain - 1 - start // C))
         stack = push(stack, x)
     full = stack[DEPTH - 1] > LOWEST
 
     chosen = tl.full([M, N], -1, tl.int32)
     for i in range(n):
         best = tl.max(stack[0], 1)
-        slot = tl.min(tl.where(stack[0] == best[:, None], c[None, :], C), 1)     # of equal ones the first
+        slot = tl.min(tl.where(stack[0] == best[:, None], c[None, :], C), 1)   # first if equal
         stack = pop(stack, c[None, :] == slot[:, None])
         column = tl.where(best > LOWEST, (grain - 1 - (best & grain - 1)) * C + slot, -1)
         chosen = tl.where(tl.arange(0, N)[None, :] == i, column[:, None], chosen)
@@ -254,11 +261,11 @@ def by_insertion(look, columns, n, grain, M: tl.constexpr, N: tl.constexpr, C: t
     chosen = tl.zeros([M, N], tl.int32) + columns + C + place       # numbers that no column has
     for start in range(0, columns, C):
         x = ranked(look, start + c, True, D, Z)
-        x = tl.where(x == LOWEST, x, x & -grain | (grain - 1 - c)[None, :])      # the lowest bits: which column
+        x = tl.where(x == LOWEST, x, x & -grain | (grain - 1 - c)[None, :])
         best = tl.max(x, 1)
         least = tl.min(kept, 1)
         while tl.max(((best & -grain) > least).to(tl.int32)) > 0:
-            last = tl.max(tl.where(kept == least[:, None], chosen, -1), 1)       # of equal ones the last goes
+            last = tl.max(tl.where(kept == least[:, None], chosen, -1), 1)     # last if equal
             hit = ((best & -grain) > least)[:, None] & (chosen == last[:, None])
             kept = tl.where(hit, (best & -grain)[:, None], kept)
             chosen = tl.where(hit, (start + grain - 1 - (best & grain - 1))[:, None], chosen)
@@ -269,9 +276,9 @@ def by_insertion(look, columns, n, grain, M: tl.constexpr, N: tl.constexpr, C: t
 
 
 @triton.jit
-def choose_kernel(q, moments, near, out, scale, T, R, W, n, grain, H, HKV, D: tl.constexpr, S: tl.constexpr,
-                  Z: tl.constexpr, N: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr, C: tl.constexpr,
-                  DEPTH: tl.constexpr):
+def choose_kernel(q, moments, near, out, scale, T, R, W, n, grain, H, HKV, D: tl.constexpr,
+                  S: tl.constexpr, Z: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
+                  TILE: tl.constexpr, C: tl.constexpr, DEPTH: tl.constexpr):
     g = tl.num_programs(0) - 1 - tl.program_id(0)                   # the longest first
     b = tl.program_id(1) // H
     h = tl.program_id(1) % H
@@ -287,8 +294,8 @@ def choose_kernel(q, moments, near, out, scale, T, R, W, n, grain, H, HKV, D: tl
     if near is None:
         base = 0
         count = 0
-        columns = tl.max(own) - 1                                   # no later block is anybody's rival
-        inner = tl.min(own) - 1                                     # and before this one all are but block 0
+        columns = tl.max(own) - 1                                   # no rivals from here on
+        inner = tl.min(own) - 1                                     # none but rivals before
     else:
         program = tl.program_id(1) * near[3] + g
         base = program.to(tl.int64) * near[4]
@@ -312,15 +319,16 @@ def choose_kernel(q, moments, near, out, scale, T, R, W, n, grain, H, HKV, D: tl
         wide, _ = entries(near, base, count, tl.maximum(chosen, 0) // Z, first_wide)
         block = wide * Z + chosen % Z
     block = tl.where(place == n, 0, tl.where(place == n + 1, own - 1, block))
-    real = ((place < n) & (chosen >= 0)) | ((place == n) & (own >= 1)) | ((place == n + 1) & (own >= 2))
+    real = (place < n) & (chosen >= 0)
+    real = real | ((place == n) & (own >= 1)) | ((place == n + 1) & (own >= 2))
     join(block, real, out, tl.program_id(1) * out[3] + g * (M // TILE), M, N, TILE)
 
 
 def choose(q, moments, T, block_size, n, scale, rows, tile, near=None, coarse=1):
-    """Block 0, the block before and the n best of each query, of all blocks or of those inside `near`.
+    """Block 0, the block before and the n best of each query, of all or of those inside `near`.
 
-    q (B, H, R, D), the last R of T; moments (B, Hkv, W, 2D) of blocks of block_size keys; rows: queries of a program,
-    and of a list of `near` -> Lists of `tile` queries. The own block is in no list.
+    q (B, H, R, D), the last R of T; moments (B, Hkv, W, 2D) of blocks of block_size keys; rows:
+    queries of a program, and of a list of `near` -> Lists of `tile` queries, without own blocks.
     """
     B, H, R, D = q.shape
     n = min(n, triton.cdiv(T, block_size))
@@ -332,15 +340,16 @@ def choose(q, moments, T, block_size, n, scale, rows, tile, near=None, coarse=1)
                   q.new_empty(B, H, tiles, dtype=torch.int32))
     slots = 32 if rows == LOOKING else 16
     grain = max(32, triton.next_power_of_2(triton.cdiv(triton.cdiv(T, block_size), slots)))
-    depth = 5 if n <= 8 else 7 if n <= 16 else 9 if n <= 32 else 0  # so that few tiles (1 %) have to be redone
+    depth = 5 if n <= 8 else 7 if n <= 16 else 9 if n <= 32 else 0  # few tiles have to be redone
     choose_kernel[programs, B * H](
-        strided(q), strided(moments), near and listed(near), listed(lists), scale, T, R, moments.shape[2], n,
-        grain, H, moments.shape[1], D=D, S=block_size, Z=coarse, N=triton.next_power_of_2(n + 2), M=rows,
-        TILE=tile, C=slots, DEPTH=depth, num_warps=rows // 16, num_stages=3 if rows == LOOKING else 2)
+        strided(q), strided(moments), near and listed(near), listed(lists), scale, T, R,
+        moments.shape[2], n, grain, H, moments.shape[1], D=D, S=block_size, Z=coarse,
+        N=triton.next_power_of_2(n + 2), M=rows, TILE=tile, C=slots, DEPTH=depth,
+        num_warps=rows // 16, num_stages=3 if rows == LOOKING else 2)
     return lists
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Attend
 #
 #   for SLOTS keys at a time of the blocks in the tile's list:
@@ -351,12 +360,13 @@ def choose(q, moments, T, block_size, n, scale, rows, tile, near=None, coarse=1)
 # backward, with p = exp(score - lse) and delta = sum_d dout out:
 #   dv += p^T dout        dscore = p (dout v^T - delta)        dq = dscore k        dk += dscore^T q
 #
-# A key's gradient comes from every tile that chose it. float32 atomics add them up, so that dk and dv vary in the
-# last bits from run to run.
+# A key's gradient comes from every tile that chose it. float32 atomics add them up, so that dk and
+# dv vary in the last bits from run to run.
 
 @triton.jit
-def slots(lists, tile, count, s, row, first_own, T, S: tl.constexpr, M: tl.constexpr, SLOTS: tl.constexpr):
-    """Slots s .. s + SLOTS - 1 of a list: their keys, which of them are real, and which query attends to which."""
+def slots(lists, tile, count, s, row, first_own, T,
+          S: tl.constexpr, M: tl.constexpr, SLOTS: tl.constexpr):
+    """Slots from s on of a list: their keys, which are real, which query attends to which."""
     slot = s + tl.arange(0, SLOTS)
     entry = slot // S
     block, bits = entries(lists, tile.to(tl.int64) * lists[4], count, entry, first_own)
@@ -376,18 +386,19 @@ def attend_kernel(q, k, v, out, lse, lists, scale, T, R, H, HKV,
     row = g * M + tl.arange(0, M)
     tile = tl.program_id(1) * lists[3] + g
     count = tl.load(lists[2] + tile)
-    own = (T - R + g * M) // S                                      # of the first query, and how many come after
+    own = (T - R + g * M) // S                                      # the block of the first query
     owns = tl.minimum(T - R + g * M + M - 1, T - 1) // S - own + 1
     q_tile = load(q, b, h, row, row < R, D)                         # (M, D)
 
-    m_i = tl.full([M], -1e30, tl.float32)                           # not -inf: a query may have no key in a tile
+    m_i = tl.full([M], -1e30, tl.float32)                           # some see no key at first
     l_i = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, padded(D)], tl.float32)
     for s in range(0, (count + owns) * S, SLOTS):
         key, real, mine = slots(lists, tile, count, s, T - R + row, own, T, S, M, SLOTS)
         k_tile = load(k, b, kv, key, real, D)                       # (SLOTS, D)
         v_tile = load(v, b, kv, key, real, D)
-        scores = tl.where(mine, dot(q_tile, tl.trans(k_tile)) * (scale * LOG2E), -1e30)        # (M, SLOTS)
+        scores = dot(q_tile, tl.trans(k_tile)) * (scale * LOG2E)    # (M, SLOTS)
+        scores = tl.where(mine, scores, -1e30)
         m_new = tl.maximum(m_i, tl.max(scores, 1))
         p = tl.where(mine, tl.exp2(scores - m_new[:, None]), 0)
         shrink = tl.exp2(m_i - m_new)
@@ -410,7 +421,7 @@ def attend_backward_kernel(q, k, v, out, lse, dout, dq, dk, dv, lists, scale, T,
     row = g * M + tl.arange(0, M)
     tile = tl.program_id(1) * lists[3] + g
     count = tl.load(lists[2] + tile)
-    own = (T - R + g * M) // S                                      # of the first query, and how many come after
+    own = (T - R + g * M) // S                                      # the block of the first query
     owns = tl.minimum(T - R + g * M + M - 1, T - 1) // S - own + 1
     q_tile = load(q, b, h, row, row < R, D)                         # (M, D)
     dout_tile = load(dout, b, h, row, row < R, D)
@@ -425,11 +436,13 @@ def attend_backward_kernel(q, k, v, out, lse, dout, dq, dk, dv, lists, scale, T,
         scores = dot(q_tile, tl.trans(k_tile)) * (scale * LOG2E)    # (M, SLOTS)
         p = tl.where(mine & (row < R)[:, None], tl.exp2(scores - lse_tile[:, None]), 0)
         address, column = addresses(dv, b, kv, key, D)
-        tl.atomic_add(address, dot(tl.trans(p.to(dout_tile.dtype)), dout_tile), mask=real[:, None] & column, sem="relaxed")
+        dv_tile = dot(tl.trans(p.to(dout_tile.dtype)), dout_tile)
+        tl.atomic_add(address, dv_tile, mask=real[:, None] & column, sem="relaxed")
         dscore = p * (dot(dout_tile, tl.trans(v_tile)) - delta[:, None]) * scale
         dscore = dscore.to(q_tile.dtype)
         address, column = addresses(dk, b, kv, key, D)
-        tl.atomic_add(address, dot(tl.trans(dscore), q_tile), mask=real[:, None] & column, sem="relaxed")
+        dk_tile = dot(tl.trans(dscore), q_tile)
+        tl.atomic_add(address, dk_tile, mask=real[:, None] & column, sem="relaxed")
         acc = dot(dscore, k_tile, acc)
     address, column = addresses(dq, b, h, row, D)
     tl.store(address, acc, mask=(row < R)[:, None] & column)
@@ -445,7 +458,8 @@ class Attend(torch.autograd.Function):
         ctx.lists = listed(lists)
         out = torch.empty_like(q)
         lse = q.new_empty(B, H, R, dtype=torch.float32)
-        attend_kernel[ctx.grid](strided(q), strided(k), strided(v), strided(out), lse, ctx.lists, *ctx.sizes, **ctx.tiles)
+        tensors = [strided(x) for x in (q, k, v, out)]
+        attend_kernel[ctx.grid](*tensors, lse, ctx.lists, *ctx.sizes, **ctx.tiles)
         ctx.save_for_backward(q, k, v, out, lse)
         return out
 
@@ -458,7 +472,8 @@ class Attend(torch.autograd.Function):
         dv = torch.zeros_like(v, dtype=torch.float32)
         tensors = [strided(x) for x in (q, k, v, out)]
         gradients = [strided(x) for x in (dense_rows(dout), dq, dk, dv)]
-        attend_backward_kernel[ctx.grid](*tensors, lse, *gradients, ctx.lists, *ctx.sizes, **ctx.tiles)
+        attend_backward_kernel[ctx.grid](
+            *tensors, lse, *gradients, ctx.lists, *ctx.sizes, **ctx.tiles)
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
 
 
@@ -467,10 +482,11 @@ def packed(chosen):
     R, W = chosen.shape[2:]
     tiles = torch.nn.functional.pad(chosen, (0, 0, 0, -R % ATTENDING)).unflatten(2, (-1, ATTENDING))
     bit = 1 << torch.arange(ATTENDING, device=chosen.device)
-    bits = (tiles * bit[:, None]).sum(3, dtype=torch.int32)                               # (B, H, G, W)
+    bits = (tiles * bit[:, None]).sum(3, dtype=torch.int32)         # (B, H, G, W)
     used = bits != 0
     count = used.sum(-1, dtype=torch.int32)
-    order = used.byte().argsort(dim=-1, descending=True, stable=True)[..., :int(count.max()) if W else 0]
+    room = int(count.max()) if W else 0
+    order = used.byte().argsort(dim=-1, descending=True, stable=True)[..., :room]
     return Lists(order.int(), bits.gather(-1, order).cumsum(-1, dtype=torch.int32), count)
 
 
@@ -479,30 +495,28 @@ def dense_rows(x):
 
 
 def checked(q, k, v):
-    """Say what is wrong with an input before a kernel reads past its end; q, k and v with rows that are dense."""
+    """q, k and v with dense rows, or a ValueError that says what the kernels cannot take."""
     for name, x in dict(q=q, k=k, v=v).items():
         if x.device != q.device or not (x.is_cuda or INTERPRETED):
-            raise ValueError(f"{name} is on {x.device}; the kernels need all their tensors on one CUDA device")
+            raise ValueError(f"{name} is on {x.device}; the kernels need all on one CUDA device")
         if x.dtype != q.dtype or x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-            raise ValueError(f"{name} is {x.dtype}; q, k and v must be all bfloat16, float16 or float32")
+            raise ValueError(f"{name} is {x.dtype}; q, k, v must be bfloat16, float16 or float32")
     if q.shape[3] % 8 or not 8 <= q.shape[3] <= 128:
-        raise ValueError(f"the width of a head is {q.shape[3]}; the kernels take multiples of 8 up to 128")
+        raise ValueError(f"the width of a head is {q.shape[3]}, not a multiple of 8 up to 128; "
+                         "sea.use_kernels(False) takes any")
     return dense_rows(q), dense_rows(k), dense_rows(v)
 
 
 @torch.compiler.disable
 def attend(q, k, v, chosen, block_size):
-    """Exact softmax attention to the chosen blocks and, up to the query itself, to its own block, as sea.attend."""
+    """sea.attend: exact attention to the chosen blocks and, up to the query itself, to its own."""
     q, k, v = checked(q, k, v)
     return Attend.apply(q, k, v, 1.0, block_size, packed(chosen))
 
 
 @torch.compiler.disable
 def sea_attention(q, k, v, block_size=8, keys_per_query=48, coarse=8, scale=None):
-    """Causal attention of each query to the blocks of keys with the most estimated mass, as sea.sea_attention.
-
-    q (B, H, R, D), k and v (B, Hkv, T, D) -> (B, H, R, D).
-    """
+    """sea.sea_attention: q (B, H, R, D), k and v (B, Hkv, T, D) -> (B, H, R, D)."""
     q, k, v = checked(q, k, v)
     T = k.shape[2]
     wide = block_size * coarse
@@ -512,8 +526,8 @@ def sea_attention(q, k, v, block_size=8, keys_per_query=48, coarse=8, scale=None
 
     with torch.no_grad():
         fine_moments, wide_moments = moments(k, block_size, coarse)
-        near = None                                                 # few coarse blocks: all would be near
-        if T // wide > n_coarse + 2:
+        near = None
+        if T // wide > n_coarse + 2:                                # otherwise all would be near
             near = choose(q, wide_moments, T, wide, n_coarse, scale, LOOKING, REFINING)
         lists = choose(q, fine_moments, T, block_size, n, scale, REFINING, ATTENDING, near, coarse)
     return Attend.apply(q, k, v, scale, block_size, lists)
