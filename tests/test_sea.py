@@ -292,7 +292,7 @@ def test_the_variance_brings_the_estimate_nearer_to_the_mass(S, T=256, D=32):
 
 @pytest.mark.parametrize("kind", ["random", "few values", "all the same", "masked"])
 @pytest.mark.parametrize("T, S, n, R", [
-    (1, 8, 3, 1), (63, 4, 3, 63), (100, 8, 1, 20), (60, 2, 50, 60)])
+    (1, 8, 3, 1), (63, 4, 3, 63), (100, 8, 1, 20), (60, 2, 50, 60), (400, 1, 30, 4)])
 def test_select(kind, T, S, n, R):
     W = T // S
     scores = torch.randn(2, 3, R, W, generator=torch.Generator().manual_seed(T))
@@ -524,7 +524,8 @@ def test_paper_estimator_looks_at_no_later_token(S, T=150):
         assert error(changed_out[:, :, t:], out[:, :, t:]) > 1e-2
 
 
-def test_a_block_reads_the_column_that_its_middle_falls_in(width=32, S=4, first_row=30):
+@pytest.mark.parametrize("S", [1, 4])
+def test_a_block_reads_the_column_that_its_middle_falls_in(S, width=32, first_row=30):
     layer = estimator(width=width)
     picture = torch.randn(1, 4, 20, width)
     scores = layer.read(picture, first_row, S)
@@ -645,7 +646,7 @@ def test_a_small_gpt_trains(T=96):
 
 
 def test_in_transformers_llama(monkeypatch, T=150):
-    monkeypatch.setitem(sys.modules, "kernels", None)       # transformers knows another by that name
+    monkeypatch.setitem(sys.modules, "kernels", None)   # transformers knows another of that name
     transformers = pytest.importorskip("transformers")
     settings = {}
 
