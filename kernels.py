@@ -174,8 +174,11 @@ def columns_of(look, column, Z: tl.constexpr):
 
 
 @triton.jit
-def ranked(look, column, edge, D: tl.constexpr, Z: tl.constexpr):
-    """Scores (M, C) as integers of the same order, NaN highest; at an edge LOWEST for no rivals."""
+def ranked(look, column, grain, low, edge, D: tl.constexpr, Z: tl.constexpr):
+    """Scores (M, C) as integers of the same order, NaN highest, whose lowest bits give way to `low`.
+
+    At an edge, where not all blocks are rivals, LOWEST stands for those that are not.
+    """
     q1, q2, moments, head, W = look[:5]
     block, seen = columns_of(look, column, Z)
     address, real = addresses(moments, head[0], head[1], block, D)
@@ -186,7 +189,7 @@ def ranked(look, column, edge, D: tl.constexpr, Z: tl.constexpr):
     if UPCAST:                             # a GPU makes no negative NaN
         scores = tl.where(scores == scores, scores, float("nan"))
     bits = scores.to(tl.int32, bitcast=True)
-    x = bits ^ (bits >> 31 & HIGHEST)
+    x = (bits ^ (bits >> 31 & HIGHEST)) & -grain | low
     if edge:
         x = tl.where(seen & (block > 0)[None, :] & (block[None, :] < look[9] - 1), x, LOWEST)
     return x
@@ -236,8 +239,8 @@ def by_stacks(look, columns, inner, n, grain, M: tl.constexpr, N: tl.constexpr, 
     c = tl.arange(0, C)
     stack = (tl.full([M, C], LOWEST, tl.int32),) * DEPTH
     for start in range(0, columns, C):
-        x = ranked(look, start + c, (start == 0) | (start + C > inner), D, Z)
-        x = tl.where(x == LOWEST, x, x & -grain | (grain - 1 - start // C))
+        edge = (start == 0) | (start + C > inner)
+        x = ranked(look, start + c, grain, grain - 1 - start // C, edge, D, Z)
         stack = push(stack, x)
     full = stack[DEPTH - 1] > LOWEST
 
@@ -260,8 +263,7 @@ def by_insertion(look, columns, n, grain, M: tl.constexpr, N: tl.constexpr, C: t
     kept = tl.zeros([M, N], tl.int32) + tl.where(place < n, LOWEST, HIGHEST)
     chosen = tl.zeros([M, N], tl.int32) + columns + C + place       # numbers that no column has
     for start in range(0, columns, C):
-        x = ranked(look, start + c, True, D, Z)
-        x = tl.where(x == LOWEST, x, x & -grain | (grain - 1 - c)[None, :])
+        x = ranked(look, start + c, grain, (grain - 1 - c)[None, :], True, D, Z)
         best = tl.max(x, 1)
         least = tl.min(kept, 1)
         while tl.max(((best & -grain) > least).to(tl.int32)) > 0:
