@@ -341,7 +341,8 @@ def choose(q, moments, T, block_size, n, scale, rows, tile, near=None, coarse=1)
                   q.new_empty(B, H, tiles, room, dtype=torch.int32),
                   q.new_empty(B, H, tiles, dtype=torch.int32))
     slots = 32 if rows == LOOKING else 16
-    grain = max(32, triton.next_power_of_2(triton.cdiv(triton.cdiv(T, block_size), slots)))
+    columns = triton.cdiv(T, block_size) + rows + 2 * coarse        # at most: own coarse blocks twice
+    grain = max(32, triton.next_power_of_2(triton.cdiv(columns, slots)))
     depth = 5 if n <= 8 else 7 if n <= 16 else 9 if n <= 32 else 0  # few tiles have to be redone
     choose_kernel[programs, B * H](
         strided(q), strided(moments), near and listed(near), listed(lists), scale, T, R,
