@@ -1,13 +1,13 @@
 """
-Turn a dense model into one with sparse attention: the student keeps the teacher's weights, its attention is
-replaced, and it learns to match what the teacher computes.
+Turn a dense model into one with sparse attention: the student keeps the teacher's weights, its
+attention is replaced, and it learns to match what the teacher computes.
 
-    python train.py --attention dense                   a small teacher, out/dense-stdlib/ckpt.pt
-    python distill.py                                   its SEA student, out/dense-stdlib-sea
-    python distill.py --attention window                a rival, also paper, performer; dense: the yardstick
-    python distill.py --eval-only                       the student that has seen nothing: no training
+    python train.py --attention dense               a small teacher, out/dense-stdlib/ckpt.pt
+    python distill.py                               its SEA student, out/dense-stdlib-sea
+    python distill.py --attention window            a rival, also paper, performer, dense
+    python distill.py --eval-only                   the student that has seen nothing: no training
     python data/smollm2.py && python data/wikipedia.py && python distill.py --teacher data/smollm2
-    python distill.py --teacher facebook/opt-125m       published weights, on data/wikitext2
+    python distill.py --teacher facebook/opt-125m   published weights, on data/wikitext2
 
 --resume, torchrun, Ctrl-C and mistakes are as train.py says.
 """
@@ -46,11 +46,13 @@ def parse_arguments():
 
     group = parser.add_argument_group("models")
     group.add_argument("--teacher", default="out/dense-stdlib/ckpt.pt",
-                       help="a checkpoint, a folder in the hub's format, or a name such as facebook/opt-125m")
+                       help="a checkpoint, a folder in the hub's format, or a name there")
     group.add_argument("--attention", choices=ATTENTIONS, help="the student's; None: sea")
     group.add_argument("--context", type=number(int, 1), default=argparse.SUPPRESS,
-                       help="T, tokens that both look at (preset: the teacher's; of published ones 2048, cpu 512)")
-    group.add_argument("--block-size", type=number(int, 1), help="S, keys in a block; None: the teacher's")
+                       help="T, tokens that both look at (preset: the checkpoint's; of published "
+                            "weights 2048 cuda / 512 cpu)")
+    group.add_argument("--block-size", type=number(int, 1),
+                       help="S, keys in a block; None: the teacher's")
     group.add_argument("--keys-per-query", type=number(int, 1),
                        help="K, keys that a query chooses; None: the teacher's")
 
@@ -58,11 +60,13 @@ def parse_arguments():
     group.add_argument("--weights", type=number(float, 0), nargs=len(LOSSES), default=WEIGHTS,
                        metavar=tuple(name.upper() for name in LOSSES),
                        help="; ".join(f"{name}: {what}" for name, what in LOSSES.items()))
-    group.add_argument("--data", help="folder in data/; None: the teacher's, wikitext2 or wikipedia")
+    group.add_argument("--data",
+                       help="folder in data/; None: the teacher's, wikitext2 or wikipedia")
     add_preset(group, own, "steps", "steps of the optimizer")
     add_preset(group, own, "batch_size", "sequences in a micro-batch")
     add_preset(group, own, "lr", "peak learning rate; 3e-5 for published weights", float)
-    group.add_argument("--seed", type=number(int, 0), default=1337, help="of new weights and of batches")
+    group.add_argument("--seed", type=number(int, 0), default=1337,
+                       help="of new weights and of batches")
 
     group = parser.add_argument_group("evaluation")
     group.add_argument("--eval-only", nargs="?", const="val", choices=("val", "test"),
@@ -78,7 +82,7 @@ def parse_arguments():
     return args
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # How far apart two models are
 
 def distillation_losses(student, teacher, idx, targets):
@@ -99,15 +103,17 @@ def distillation_losses(student, teacher, idx, targets):
 
 
 def distance(ours, theirs):
-    """Squared distance, as a share of their square: some layers' numbers are thousands of times others'."""
+    """Squared distance, as a share of their square: some layers' numbers are thousands of times
+    others'."""
     theirs = theirs.float()
     return F.mse_loss(ours.float(), theirs) / theirs.square().mean()
 
 
 @torch.no_grad()
 def keys_and_mass(model, idx):
-    """Keys that a query attends to, and their share of the dense attention's mass: means over layers, heads
-    and queries of idx (1, T). None, None of attentions that choose no keys by themselves."""
+    """Keys that a query attends to, and their share of the dense attention's mass: means over
+    layers, heads and queries of idx (1, T). None, None of attentions that choose no keys by
+    themselves."""
     config = model.config
     if config.attention not in ("sea", "window"):
         return None, None
@@ -129,7 +135,8 @@ def keys_and_mass(model, idx):
 
 
 def describe(name, model, tokens, args, precision):
-    """Print a model's loss on held-out text and, of the first window, its keys and their mass; return all."""
+    """Print a model's loss on held-out text and, of the first window, its keys and their mass;
+    return all."""
     with one_line(FloatingPointError, hint=f"the {name} is spoilt"):
         loss = evaluate(model, tokens, args.batch_size, args.eval_windows, precision)
     idx = torch.from_numpy(tokens[:min(model.config.context, MOST_ROWS)].astype("int64"))[None]
@@ -140,7 +147,7 @@ def describe(name, model, tokens, args, precision):
     return loss, keys, mass
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Training
 
 def make_optimizer(student):
@@ -156,7 +163,8 @@ def make_optimizer(student):
 def distill(student, teacher, tokens, args, precision, optimizer, done=0, save=None):
     """Train the student from step `done` to args.steps -> the last losses.
 
-    save(step, None) is called after the last step and every args.save_minutes, save(step, stop) after Ctrl-C.
+    save(step, None) is called after the last step and every args.save_minutes, save(step, stop)
+    after Ctrl-C.
     """
     run = engine.parallel(engine.compiled(student.train()))
     teach = engine.compiled(teacher.eval())
@@ -187,7 +195,8 @@ def distill(student, teacher, tokens, args, precision, optimizer, done=0, save=N
             means = dict(zip(LOSSES, engine.mean_of_ranks(means).tolist()))
             seconds = (time.time() - mark) / (step - marked)
             left = int((args.steps - step) * seconds)
-            print(f"step {step}/{args.steps}", *(f" {name} {means[name]:.4f}" for name in shown(student)),
+            losses = [f" {name} {means[name]:.4f}" for name in shown(student)]
+            print(f"step {step}/{args.steps}", *losses,
                   f" {1000 * seconds:.0f} ms  {left // 60}:{left % 60:02d} left", flush=True)
             mark = time.time()
             marked = step
@@ -203,11 +212,12 @@ def shown(student):
     return [name for name in LOSSES if name != "estimate" or student.config.attention == "paper"]
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The script
 
 def load_teacher(args):
-    """The teacher, the name of its tokenizer; tokens to train on and to evaluate on, which must be its."""
+    """The teacher, the name of its tokenizer; tokens to train on and to evaluate on, which must be
+    its."""
     if args.teacher == "out/dense-stdlib/ckpt.pt" and not Path(args.teacher).exists():
         fail("there is no teacher yet; make one: python train.py --attention dense")
     teacher, tokenizer, data = engine.load_model(args.teacher, args.device)
@@ -217,8 +227,8 @@ def load_teacher(args):
     if args.eval_only == "test":
         held_out, _ = common.load(args.data, "test")
     if meta["tokenizer"] != tokenizer or meta["vocab_size"] > teacher.config.vocab_size:
-        fail(f"data/{args.data} is written in {meta['tokenizer']} tokens and the teacher reads {tokenizer}; "
-             f"prepare it with --tokenizer {tokenizer}, or take another --data")
+        fail(f"data/{args.data} is written in {meta['tokenizer']} tokens and the teacher reads "
+             f"{tokenizer}; prepare it with --tokenizer {tokenizer}, or take another --data")
     if min(len(train), len(held_out)) <= args.context:
         fail(f"data/{args.data} is shorter than the context of {args.context}; take more text")
     if args.context != teacher.config.context:
@@ -231,9 +241,10 @@ def make_student(teacher, args):
     if teacher.config.attention != "dense" and not args.eval_only:
         fail(f"{args.teacher} has {teacher.config.attention} attention; a teacher must be dense")
     # What is only evaluated keeps its attention, if it is none that a student would replace.
-    own = teacher.config.attention if args.eval_only and teacher.config.attention != "dense" else "sea"
-    args.attention = args.attention or own
-    settings = {name: getattr(args, name) for name in ("block_size", "keys_per_query") if getattr(args, name)}
+    dense = teacher.config.attention == "dense"
+    args.attention = args.attention or ("sea" if dense else teacher.config.attention)
+    settings = {name: getattr(args, name) for name in ("block_size", "keys_per_query")
+                if getattr(args, name)}
     with one_line(ValueError):
         student = teacher.with_attention(args.attention, **settings)
     engine.check_fit(student.config, args.batch_size, args.device)
@@ -251,8 +262,8 @@ def main():
     precision, kind = engine.pick_precision(args.device)
     teacher, tokenizer, tokens, held_out = load_teacher(args)
     student = make_student(teacher, args)
-    print(f"teacher {args.teacher} ({teacher.config.attention}), data/{args.data}, T {args.context}, "
-          f"{backend}, {kind}")
+    print(f"teacher {args.teacher} ({teacher.config.attention}), data/{args.data}, "
+          f"T {args.context}, {backend}, {kind}")
     if args.eval_only:
         loss, *_ = describe(f"{args.attention}", student, held_out, args, precision)
         print(f"final: {args.eval_only}_loss {loss:.4f} {args.eval_only}_ppl {math.exp(loss):.3f}")
@@ -271,23 +282,27 @@ def main():
     else:
         engine.keep_tokenizer(tokenizer, args.teacher, args.out)
         start, *_ = describe("teacher", teacher, held_out, args, precision)
-        before, *_ = describe(f"{args.attention} student before", student, held_out, args, precision)
+        name = f"{args.attention} student before"
+        before, *_ = describe(name, student, held_out, args, precision)
 
     def save(step, stop):
         engine.save_checkpoint(path, student, tokenizer=tokenizer, data=args.data, step=step,
-                               settings=settings, before=(start, before), optimizers=[optimizer.state_dict()])
+                               settings=settings, before=(start, before),
+                               optimizers=[optimizer.state_dict()])
         if stop is not None:
             stop.leave(path, step, args.steps)
 
     begin = time.time()
     losses = distill(student, teacher, tokens, args, precision, optimizer, done, save)
     seconds = time.time() - begin
-    loss, keys, mass = describe(f"{args.attention} student after", student, held_out, args, precision)
+    name = f"{args.attention} student after"
+    loss, keys, mass = describe(name, student, held_out, args, precision)
     print(f"final: val_loss {loss:.4f} val_ppl {math.exp(loss):.3f} "
           f"ppl_before {math.exp(before):.3f} teacher_ppl {math.exp(start):.3f} "
           + (f"keys_per_query {keys:.1f} mass_kept {mass:.3f} " if keys else "")
           + (f"attention_kl {losses['estimate']:.4f} " if args.attention == "paper" else "")
-          + f"steps {args.steps} seconds {seconds:.0f} peak_gib {engine.peak_memory(args.device):.2f}")
+          + f"steps {args.steps} seconds {seconds:.0f} "
+          f"peak_gib {engine.peak_memory(args.device):.2f}")
 
 
 if __name__ == "__main__":

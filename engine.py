@@ -1,9 +1,10 @@
 """
-What train.py and distill.py share beside the training step: devices, batches, checkpoints, several GPUs.
+What train.py and distill.py share beside the training step: devices, batches, checkpoints, several
+GPUs.
 
-A batch is a function of the seed, the step and the rank, and training draws no other random numbers. So the
-weights, the optimizers' states and the number of the step are all that a run needs to go on: to the bit on a
-CPU; on a GPU the kernels' float32 atomics vary in the last bits.
+A batch is a function of the seed, the step and the rank, and training draws no other random
+numbers. So the weights, the optimizers' states and the number of the step are all that a run needs
+to go on: to the bit on a CPU; on a GPU the kernels' float32 atomics vary in the last bits.
 """
 import math
 import os
@@ -32,7 +33,7 @@ RANKS = int(os.environ.get("WORLD_SIZE", 1))
 RUNNING = "out resume overwrite device kernels eval_windows save_minutes".split()
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The device
 
 def pick_device(wanted):
@@ -74,8 +75,9 @@ def peak_memory(device):
 
 
 def check_fit(config, batch_size, device):
-    """Stop before what the memory cannot take, by a lower bound: 16 bytes for each weight, its gradient and
-    two means, 4 for each of 6 C numbers that a token leaves in a layer, and for the logits."""
+    """Stop before what the memory cannot take, by a lower bound: 16 bytes for each weight, its
+    gradient and two means, 4 for each of 6 C numbers that a token leaves in a layer, and for the
+    logits."""
     C = config.n_embd
     tokens = batch_size * config.context
     layer = 2 * C * C + 2 * C * config.n_kv_head * config.head_dim + 2 * C * config.n_ffn
@@ -87,17 +89,21 @@ def check_fit(config, batch_size, device):
     elif hasattr(os, "sysconf"):
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > there:
-        fail(f"this takes more than {needed / 2 ** 30:,.0f} GiB, {device} has {there / 2 ** 30:,.0f}; lower "
-             "--batch-size (and raise --accumulate), or take a smaller model or --context")
+        fail(f"this takes more than {needed / 2 ** 30:,.0f} GiB, {device} has "
+             f"{there / 2 ** 30:,.0f}; lower --batch-size (and raise --accumulate), or take a "
+             "smaller model or --context")
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The run
 
 def training_script(main):
-    """The main of a script that trains: what its user or the machine may cause is told in one line."""
-    smaller = one_line(MemoryError, torch.OutOfMemoryError, hint="lower --batch-size, raise --accumulate")
-    whole = one_line(OSError, KeyboardInterrupt, hint="a checkpoint already there is whole, --resume goes on")
+    """The main of a script that trains: what its user or the machine may cause is told in one
+    line."""
+    smaller = one_line(MemoryError, torch.OutOfMemoryError,
+                       hint="lower --batch-size, raise --accumulate")
+    whole = one_line(OSError, KeyboardInterrupt,
+                     hint="a checkpoint already there is whole, --resume goes on")
     return whole(smaller(main))
 
 
@@ -115,7 +121,8 @@ def check_finite(norm, step, hint="try a lower --lr"):
 
 
 class Stop:
-    """True after Ctrl-C, SIGTERM or SIGHUP, so that no step is cut in two; the second one stops at once."""
+    """True after Ctrl-C, SIGTERM or SIGHUP, so that no step is cut in two; the second one stops at
+    once."""
 
     def __init__(self):
         self.signal = 0
@@ -138,11 +145,12 @@ class Stop:
         raise SystemExit(128 + (self.signal or signal.SIGINT))
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Checkpoints
 
 def check_out(args):
-    """Before any work: args.out must hold a checkpoint to go on from, or none that would be lost."""
+    """Before any work: args.out must hold a checkpoint to go on from, or none that would be
+    lost."""
     path = args.out / "ckpt.pt"
     if args.resume and not path.is_file():
         fail(f"there is no {path} to go on from; leave --resume out")
@@ -195,7 +203,8 @@ def load_checkpoint(path, device):
 
 
 def load_model(name, device):
-    """A checkpoint, a folder in the hub's format or a name on the hub -> the model, tokenizer, data set."""
+    """A checkpoint, a folder in the hub's format or a name on the hub -> the model, tokenizer, data
+    set."""
     if str(name).endswith(".pt"):
         model, saved = load_checkpoint(name, device)
         return model, saved["tokenizer"], saved["data"]
@@ -214,7 +223,8 @@ def load_encoding(name, model):
 
 
 def keep_tokenizer(name, teacher, out):
-    """Copy the files of the teacher's tokenizer beside its student, which is then found without a network."""
+    """Copy the files of the teacher's tokenizer beside its student, which is then found without a
+    network."""
     folder = Path(teacher).parent if str(teacher).endswith(".pt") else teacher
     if RANK or name not in ("opt", "smollm2"):
         return
@@ -230,13 +240,15 @@ def fingerprint(content):
 
 
 def settings_of(args, tokens):
-    """What fixes the numbers of a run: its flags but RUNNING, its data, its micro-batches in a step."""
+    """What fixes the numbers of a run: its flags but RUNNING, its data, its micro-batches in a
+    step."""
     fixed = {name: value for name, value in vars(args).items() if name not in RUNNING}
     return fixed | dict(data=fingerprint(tokens), accumulate=args.accumulate * RANKS)
 
 
 def resume(path, model, optimizers, settings):
-    """Bring all to where a run of these settings was saved, and return the rest of its checkpoint."""
+    """Bring all to where a run of these settings was saved, and return the rest of its
+    checkpoint."""
     found, saved = load_checkpoint(path, "cpu")
     if "optimizers" not in saved:
         fail(f"{path} holds no state of an optimizer; leave --resume out")
@@ -244,8 +256,8 @@ def resume(path, model, optimizers, settings):
     changed = [f"{name} was {before.get(name, 'not given')}, now {settings.get(name, 'not given')}"
                for name in sorted({*settings, *before}) if before.get(name) != settings.get(name)]
     if changed:
-        fail(f"{path} is of another run ({'; '.join(changed)}); take the flags and data of that run, "
-             "or another --out without --resume")
+        fail(f"{path} is of another run ({'; '.join(changed)}); take the flags and data of that "
+             "run, or another --out without --resume")
     if saved["step"] == settings["steps"]:
         print(f"{path} holds all {saved['step']} steps; nothing is left to do")
         raise SystemExit(0)
@@ -255,14 +267,15 @@ def resume(path, model, optimizers, settings):
     return saved
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Several GPUs: torchrun starts a process for each, DistributedDataParallel takes the mean of their gradients
+# --------------------------------------------------------------------------------------------------
+# Several GPUs: torchrun starts a process for each, DistributedDataParallel averages gradients
 
 def join_ranks(device):
     """Meet the other processes; the first one alone prints and writes."""
     if RANKS > 1 and device == "cuda":
         if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
-            fail(f"this machine has {torch.cuda.device_count()} GPUs; give torchrun no more --nproc-per-node")
+            fail(f"this machine has {torch.cuda.device_count()} GPUs; "
+                 "give torchrun no more --nproc-per-node")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if RANKS > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device == "cuda" else "gloo")

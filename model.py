@@ -1,11 +1,13 @@
 """
-Two decoders, from scratch: OPT (Zhang et al., 2022) and Llama (Touvron et al., 2023), under one class.
+Two decoders, from scratch: OPT (Zhang et al., 2022) and Llama (Touvron et al., 2023), under one
+class.
 
-    opt     learned positions with OPT's offset of 2, LayerNorm, biases, ReLU (opt-350m: norms after the sums)
+    opt     learned positions with OPT's offset of 2, LayerNorm, biases, ReLU
     llama   rotary positions, RMSNorm, SwiGLU, key heads that query heads share, no biases
 
-Parameter names are those of the published weights, which Transformer.from_pretrained reads. Config.attention
-names the attention: sea, the paper's own estimator, or what both are compared with: dense, performer, window.
+Parameter names are those of the published weights, which Transformer.from_pretrained reads.
+Config.attention names the attention: sea, the paper's own estimator, or what both are compared
+with: dense, performer, window.
 """
 import math
 from dataclasses import dataclass, replace
@@ -27,18 +29,18 @@ class Config:
     context: int = 2048          # T, tokens that the model can look at
     n_layer: int = 6
     n_head: int = 6
-    n_kv_head: int = 0           # heads of k and v, each shared by n_head / n_kv_head of q; 0: n_head
+    n_kv_head: int = 0         # heads of k and v, each shared by n_head / n_kv_head of q; 0: n_head
     n_embd: int = 384
     n_ffn: int = 0               # width of the MLP; 0: 4 n_embd, for llama 8/3 of it
     architecture: str = "opt"    # opt or llama
     post_norm: bool = False      # opt-350m: LayerNorm after each residual sum, and none at the end
-    token_embd: int = 0          # E, width of the token embedding where it is not n_embd (opt-350m: 512)
+    token_embd: int = 0     # E, width of the token embedding where it is not n_embd (opt-350m: 512)
     rope_base: float = 10000.
     norm_eps: float = 1e-5
     tied: bool = True            # the output's matrix is the token embedding
     attention: str = "sea"       # sea, paper, dense, performer or window
     block_size: int = 8
-    keys_per_query: int = 48     # beside the first block, the one before the query's own and its own
+    keys_per_query: int = 48    # beside the first block, the one before the query's own and its own
     coarse: int = 8
     map_width: int = 128         # of paper: columns of its picture of the attention
     num_features: int = 64       # of paper and performer: random features of their kernel attention
@@ -46,17 +48,19 @@ class Config:
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
         if not self.n_ffn:       # SwiGLU has three matrices: as many weights as two of 4 n_embd
-            self.n_ffn = 4 * self.n_embd if self.architecture == "opt" else -(-self.n_embd * 8 // 96) * 32
+            llama = self.architecture == "llama"
+            self.n_ffn = -(-self.n_embd * 8 // 96) * 32 if llama else 4 * self.n_embd
         for name, known in dict(attention=ATTENTIONS, architecture=BLOCKS).items():
             if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(known)}")
-        for name in ("vocab_size context n_layer n_head n_kv_head n_embd n_ffn block_size keys_per_query "
-                     "coarse map_width num_features").split():
+                value = getattr(self, name)
+                raise ValueError(f"{name} is {value!r}; choose one of {', '.join(known)}")
+        for name in ("vocab_size context n_layer n_head n_kv_head n_embd n_ffn block_size "
+                     "keys_per_query coarse map_width num_features").split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         if self.n_embd % self.n_head or self.n_head % self.n_kv_head:
-            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head}), "
-                             f"and that of n_kv_head ({self.n_kv_head})")
+            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head "
+                             f"({self.n_head}), and that of n_kv_head ({self.n_kv_head})")
         if self.architecture == "llama" and self.head_dim % 2:
             raise ValueError(f"a head is {self.head_dim} wide; rotary positions need an even width")
         if self.attention == "paper" and self.map_width % 4:
@@ -70,12 +74,13 @@ class Config:
 class Output(NamedTuple):
     logits: torch.Tensor         # (B, T, V)
     loss: torch.Tensor           # nats per token; None without targets
-    kl: torch.Tensor             # mean over layers of the estimate's distance to its teacher; None without one
+    kl: torch.Tensor  # mean over layers of the estimate's distance to its teacher; None without one
     trace: list                  # a Layer for each layer, where asked for
 
 
 class Layer(NamedTuple):
-    """What a layer computed: its output, its attention's output (B, T, C), and what it attended with."""
+    """What a layer computed: its output, its attention's output (B, T, C), and what it attended
+    with."""
     hidden: torch.Tensor
     attended: torch.Tensor
     q: torch.Tensor              # (B, H, T, D)
@@ -83,7 +88,7 @@ class Layer(NamedTuple):
     v: torch.Tensor
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Kinds of attention: q (B, H, R, D), the last R of T queries, k and v (B, Hkv, T, D)
 # -> (B, H, R, D), and a distance that training lowers, or None
 
@@ -98,7 +103,8 @@ class SEA(nn.Module):
 
 
 class Paper(nn.Module):
-    """SEA with the estimate that the paper learns. teacher: the (q, k) whose attention it is to match."""
+    """SEA with the estimate that the paper learns. teacher: the (q, k) whose attention it is to
+    match."""
 
     def __init__(self, config):
         super().__init__()
@@ -107,12 +113,13 @@ class Paper(nn.Module):
                                             config.num_features)
 
     def forward(self, q, k, v, teacher=None):
-        scale = self.config.head_dim ** -0.5
+        c = self.config
+        scale = c.head_dim ** -0.5
         if teacher is not None:
             teacher = teacher[0] * scale, teacher[1]
-        elif self.training:                      # from scratch, the model's own attention is its teacher
+        elif self.training:                 # from scratch, the model's own attention is its teacher
             teacher = q * scale, k
-        return self.estimator(q * scale, k, v, self.config.block_size, self.config.keys_per_query, teacher)
+        return self.estimator(q * scale, k, v, c.block_size, c.keys_per_query, teacher)
 
 
 class Dense(nn.Module):
@@ -142,7 +149,8 @@ class Performer(nn.Module):
 
 
 class Window(nn.Module):
-    """The first FIRST tokens and the last ones: as many keys as SEA has on average, chosen by position alone.
+    """The first FIRST tokens and the last ones: as many keys as SEA has on average, chosen by
+    position alone.
 
     It is computed as masked dense attention: a yardstick for quality, not for speed.
     """
@@ -161,7 +169,7 @@ class Window(nn.Module):
         """The keys that the last R of T queries attend to: (R, T) bool."""
         S = self.config.block_size
         n = max(1, self.config.keys_per_query // S)
-        last = (n + 2) * S + (S + 1) // 2 - self.FIRST               # SEA's blocks, and half of its own one
+        last = (n + 2) * S + (S + 1) // 2 - self.FIRST       # SEA's blocks, and half of its own one
         key = torch.arange(T, device=device)
         query = key[T - R:, None]
         return (key <= query) & ((key > query - last) | (key < self.FIRST))
@@ -171,7 +179,7 @@ ATTENTIONS = dict(sea=SEA, paper=Paper, dense=Dense, performer=Performer, window
 CACHED = "sea", "dense", "window"      # those that can go on from kept keys and values
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Blocks
 
 class Cache:
@@ -196,7 +204,8 @@ class Cache:
 
 
 def rotate(x, rotary):
-    """Turn each pair (x_i, x_{i + D/2}) of (B, H, T, D) by its angle, of which rotary (2, T, D/2) holds cos, sin."""
+    """Turn each pair (x_i, x_{i + D/2}) of (B, H, T, D) by its angle, of which rotary (2, T, D/2)
+    holds cos, sin."""
     cos, sin = rotary
     a, b = x.float().chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
@@ -211,18 +220,18 @@ class SelfAttention(nn.Module):
         self.q_proj = nn.Linear(config.n_embd, config.n_embd, bias=opt)
         self.k_proj = nn.Linear(config.n_embd, kv_width, bias=opt)
         self.v_proj = nn.Linear(config.n_embd, kv_width, bias=opt)
-        self.out = "out_proj" if opt else "o_proj"                   # as the published weights name it
+        self.out = "out_proj" if opt else "o_proj"                # as the published weights name it
         setattr(self, self.out, nn.Linear(config.n_embd, config.n_embd, bias=opt))
         self.attention = ATTENTIONS[config.attention](config)
 
     def forward(self, x, rotary=None, teacher=None, cache=None):
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)        # (B, H, R, D)
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)        # (B, Hkv, R, D)
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)       # (B, Hkv, R, D)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         if rotary is not None:
             q = rotate(q, rotary)
             k = rotate(k, rotary)
-        if cache is not None:                                        # q stays the last R of T queries
+        if cache is not None:                                      # q stays the last R of T queries
             k, v = cache.extend(k, v)                                # (B, Hkv, T, D)
 
         y, kl = self.attention(q, k, v, teacher)                     # (B, H, R, D)
@@ -284,15 +293,16 @@ class LlamaBlock(nn.Module):
 BLOCKS = dict(opt=OPTBlock, llama=LlamaBlock)
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The model
 
 class Transformer(nn.Module):
-    """Transformer(config)(idx, targets=None) -> Output: ids (B, T) int64 -> logits (B, T, V), the loss ...
+    """Transformer(config)(idx, targets=None) -> Output: ids (B, T) int64 -> logits (B, T, V), the
+    loss ...
 
     teacher: for each layer the (q, k) whose attention the paper's estimate should match.
-    cache: from new_cache, holds the tokens before idx, and idx afterwards; for use under torch.no_grad.
-    trace: also return what each layer computed.
+    cache: from new_cache, holds the tokens before idx, and idx afterwards; for use under
+    torch.no_grad. trace: also return what each layer computed.
     """
 
     def __init__(self, config):
@@ -301,29 +311,33 @@ class Transformer(nn.Module):
         E = config.token_embd or C
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, E)
-        self.layers = nn.ModuleList(BLOCKS[config.architecture](config) for _ in range(config.n_layer))
+        block = BLOCKS[config.architecture]
+        self.layers = nn.ModuleList(block(config) for _ in range(config.n_layer))
         if config.architecture == "opt":
             self.embed_positions = nn.Embedding(config.context + POSITION_OFFSET, C)
             self.project_in = nn.Identity() if E == C else nn.Linear(E, C, bias=False)
             self.project_out = nn.Identity() if E == C else nn.Linear(C, E, bias=False)
-            self.final_layer_norm = nn.Identity() if config.post_norm else nn.LayerNorm(C, config.norm_eps)
+            norm = nn.Identity() if config.post_norm else nn.LayerNorm(C, config.norm_eps)
+            self.final_layer_norm = norm
         else:
             self.norm = nn.RMSNorm(C, config.norm_eps)
         self.lm_head = None if config.tied else nn.Linear(E, config.vocab_size, bias=False)
         self.init_weights()
 
     def init_weights(self):
-        """GPT-2's: normal(0.02), what ends on the residual stream over sqrt(2 n_layer). Attention keeps its own.
+        """GPT-2's: normal(0.02), what ends on the residual stream over sqrt(2 n_layer). Attention
+        keeps its own.
 
-        OPT's positions start as sinusoids and are learned from there: each of thousands of rows gets a gradient
-        from one token per window, so from noise it takes long until attention knows which tokens are near.
+        OPT's positions start as sinusoids and are learned from there: each of thousands of rows
+        gets a gradient from one token per window, so from noise it takes long until attention knows
+        which tokens are near.
         """
         residual = "out_proj.weight", "o_proj.weight", "fc2.weight", "down_proj.weight"
         for name, p in self.named_parameters():
             if ".attention." in name or "norm" in name:
                 continue
             if name == "embed_positions.weight":
-                p.data.copy_(0.05 * sea.sinusoids(*p.shape, p.device))     # std 0.035, above the tokens'
+                p.data.copy_(0.05 * sea.sinusoids(*p.shape, p.device))   # std 0.035
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
             else:
@@ -334,7 +348,8 @@ class Transformer(nn.Module):
         past, room = (cache[0].T, cache[0].room) if cache else (0, self.config.context)
         T = past + idx.shape[1]
         if T > room:
-            raise ValueError(f"{T} tokens do not fit in this model's context, which has room for {room}")
+            raise ValueError(f"{T} tokens do not fit in this model's context, which has room "
+                             f"for {room}")
         x, rotary = self.embed(idx, torch.arange(past, T, device=idx.device))     # (B, R, C)
 
         none = [None] * len(self.layers)
@@ -353,7 +368,8 @@ class Transformer(nn.Module):
         return Output(logits, loss, torch.stack(kls).mean() if kls else None, layers)
 
     def embed(self, idx, position):
-        """What the first layer gets (B, R, C), and cos and sin (2, R, D/2) of rotary positions, or None."""
+        """What the first layer gets (B, R, C), and cos and sin (2, R, D/2) of rotary positions, or
+        None."""
         x = self.embed_tokens(idx)                                               # (B, R, E)
         if self.config.architecture == "opt":
             return self.project_in(x) + self.embed_positions(position + POSITION_OFFSET), None
@@ -372,37 +388,43 @@ class Transformer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_folder, attention="dense", context=None, url=None, **settings):
-        """Published weights, in float32, from a folder in the hub's format or by name (see data/hub.py).
+        """Published weights, in float32, from a folder in the hub's format or by name (see
+        data/hub.py).
 
-        A mistake is a ValueError. context: see set_context; None is the file's. url: address of the files, if
-        not the hub's. settings: further fields of Config. What `attention` adds keeps its initial values.
+        A mistake is a ValueError. context: see set_context; None is the file's. url: address of the
+        files, if not the hub's. settings: further fields of Config. What `attention` adds keeps its
+        initial values.
         """
         def find(file):
             return hub.model_file(name_or_folder, file, url)
 
         fixed = hub.read_config(find("config.json"))
         config = Config(**fixed, attention=attention, **settings)
-        with torch.device("meta"):               # no memory, time or random numbers for what the file holds
+        with torch.device("meta"):       # no memory, time or random numbers for what the file holds
             model = cls(config)
         for block in model.layers:
             block.self_attn.attention = ATTENTIONS[attention](config)
-        shapes = {name: tuple(p.shape) for name, p in model.state_dict().items() if ".attention." not in name}
+        shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()
+                  if ".attention." not in name}
         model.load_state_dict(hub.read_weights(find, shapes), strict=False, assign=True)
         if context is not None:
             model.set_context(context)
         return model
 
     def with_attention(self, attention, **settings):
-        """A new model of the same weights under another attention, whose own parameters are at their start."""
+        """A new model of the same weights under another attention, whose own parameters are at
+        their start."""
         config = replace(self.config, attention=attention, **settings)
         model = Transformer(config).to(self.embed_tokens.weight)     # its device and type
         same = attention == self.config.attention
-        weights = {name: x for name, x in self.state_dict().items() if same or ".attention." not in name}
+        weights = {name: x for name, x in self.state_dict().items()
+                   if same or ".attention." not in name}
         model.load_state_dict(weights, strict=same)
         return model
 
     def set_context(self, context):
-        """Change T. Of OPT's learned positions fewer are the first, more are the old ones interpolated."""
+        """Change T. Of OPT's learned positions fewer are the first, more are the old ones
+        interpolated."""
         old = self.config.context
         self.config = replace(self.config, context=context)
         for block in self.layers:
@@ -418,26 +440,31 @@ class Transformer(nn.Module):
         table = table[:POSITION_OFFSET + context].clone()
         self.embed_positions = nn.Embedding.from_pretrained(table, freeze=False)
 
-    # ------------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
     # Generation
 
     def new_cache(self, room=math.inf):
-        """An empty cache for `room` tokens, or for the context if that is less: one Cache a layer."""
+        """An empty cache for `room` tokens, or for the context if that is less: one Cache a
+        layer."""
         if self.config.attention not in CACHED:
-            raise ValueError(f"{self.config.attention} attention has no cache; forward the whole text again")
+            raise ValueError(f"{self.config.attention} attention has no cache; "
+                             "forward the whole text again")
         return [Cache(min(room, self.config.context)) for _ in self.layers]
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, ids=None):
-        """Sample the tokens after idx (B, T), one (B, 1) at a time; temperature 0 takes the likeliest.
+        """Sample the tokens after idx (B, T), one (B, 1) at a time; temperature 0 takes the
+        likeliest.
 
-        When the context is full, the model starts again from the last half of it, read as a new prompt.
-        ids: those to choose from; OPT has more rows in its vocabulary than its tokenizer has tokens.
+        When the context is full, the model starts again from the last half of it, read as a new
+        prompt. ids: those to choose from; OPT has more rows in its vocabulary than its tokenizer
+        has tokens.
         """
         if idx.shape[1] == 0:
             raise ValueError("the prompt is empty; give one token at least")
         if temperature < 0 or (top_k is not None and top_k < 1):
-            raise ValueError(f"temperature is {temperature}, top_k {top_k}; they must be 0, and 1, or more")
+            raise ValueError(f"temperature is {temperature}, top_k {top_k}; "
+                             "they must be 0, and 1, or more")
         context = self.config.context
         cached = self.config.attention in CACHED
         text = idx[:, -context:]
@@ -448,8 +475,8 @@ class Transformer(nn.Module):
                 new, cache = text, None
             if cached and cache is None:
                 cache = self.new_cache()
-            logits = self(new if cached else text, cache=cache).logits[:, -1].float()        # (B, V)
-            new = sample(logits, temperature, top_k, ids)                                    # (B, 1)
+            logits = self(new if cached else text, cache=cache).logits[:, -1].float()       # (B, V)
+            new = sample(logits, temperature, top_k, ids)                                   # (B, 1)
             text = torch.cat((text, new), 1)
             yield new
 

@@ -1,14 +1,15 @@
 """
-Train a language model from scratch, with SEA attention or one of its rivals, on one GPU or on the CPU.
+Train a language model from scratch, with SEA attention or one of its rivals, on one GPU or on the
+CPU.
 
-    python train.py                             the demo: prepares data/stdlib, trains, writes out/sea-stdlib
-    python train.py --attention dense           the same model with dense attention, in out/dense-stdlib
-    python train.py --data shakespeare          after python data/shakespeare.py
-    python train.py --resume                    goes on from the checkpoint; the other flags as before
-    torchrun --nproc-per-node=2 train.py        on two GPUs: twice the micro-batches in a step
+    python train.py                       the demo: prepares data/stdlib, writes out/sea-stdlib
+    python train.py --attention dense     the same model with dense attention, in out/dense-stdlib
+    python train.py --data shakespeare    after python data/shakespeare.py
+    python train.py --resume              goes on from the checkpoint; the other flags as before
+    torchrun --nproc-per-node=2 train.py  on two GPUs: twice the micro-batches in a step
 
-The defaults are a preset for the device that is found; every flag given replaces one value of it. Ctrl-C or a
-SIGTERM ends the step, saves and leaves. A mistake is one line and exit status 2.
+The defaults are a preset for the device that is found; every flag given replaces one value of it.
+Ctrl-C or a SIGTERM ends the step, saves and leaves. A mistake is one line and exit status 2.
 """
 import argparse
 import csv
@@ -50,14 +51,16 @@ def parse_arguments():
     add_preset(group, PRESETS, "n_embd", "width of the model")
     add_preset(group, PRESETS, "context", "T, tokens that the model looks at")
     add_preset(group, PRESETS, "block_size", "S, keys in a block of SEA")
-    add_preset(group, PRESETS, "keys_per_query", "K, keys that a query of SEA chooses, beside the fixed blocks")
+    add_preset(group, PRESETS, "keys_per_query",
+               "K, keys that a query of SEA chooses, beside the fixed blocks")
 
     group = parser.add_argument_group("training")
     group.add_argument("--data", default="stdlib", help="folder in data/")
     add_preset(group, PRESETS, "steps", "steps of the optimizers")
     add_preset(group, PRESETS, "batch_size", "sequences in a micro-batch")
     add_preset(group, PRESETS, "lr", "peak learning rate", float)
-    group.add_argument("--kl-weight", type=number(float, 0), default=0.1, help="of the estimate's KL, for paper")
+    group.add_argument("--kl-weight", type=number(float, 0), default=0.1,
+                       help="of the estimate's KL, for paper")
     group.add_argument("--seed", type=number(int, 0), default=1337, help="of weights and batches")
     add_running(parser)
 
@@ -70,8 +73,8 @@ def add_preset(group, presets, name, what, kind=int):
     """A flag whose default depends on the device."""
     shown = " / ".join(f"{presets[device][name]} {device}" for device in presets)
     least = 1 if kind is int else 0
-    group.add_argument("--" + name.replace("_", "-"), type=number(kind, least), default=argparse.SUPPRESS,
-                       help=f"{what} (preset: {shown})")
+    group.add_argument("--" + name.replace("_", "-"), type=number(kind, least),
+                       default=argparse.SUPPRESS, help=f"{what} (preset: {shown})")
 
 
 def add_running(parser):
@@ -79,13 +82,18 @@ def add_running(parser):
     group = parser.add_argument_group("running")
     group.add_argument("--accumulate", type=number(int, 1, 10000), default=1,
                        help="micro-batches in a step, on each GPU")
-    group.add_argument("--out", default="", help="folder for ckpt.pt and log.csv, named after what it holds")
-    group.add_argument("--resume", action="store_true", help="go on from the ckpt.pt of the same flags")
-    group.add_argument("--overwrite", action="store_true", help="start again where there is a ckpt.pt")
-    group.add_argument("--save-minutes", type=number(float, 0), default=10., help="between checkpoints")
-    group.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"), help="auto: a GPU if any")
+    group.add_argument("--out", default="",
+                       help="folder for ckpt.pt and log.csv, named after what it holds")
+    group.add_argument("--resume", action="store_true",
+                       help="go on from the ckpt.pt of the same flags")
+    group.add_argument("--overwrite", action="store_true",
+                       help="start again where there is a ckpt.pt")
+    group.add_argument("--save-minutes", type=number(float, 0), default=10.,
+                       help="between checkpoints")
+    group.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"),
+                       help="auto: a GPU if any")
     group.add_argument("--no-kernels", dest="kernels", action="store_false",
-                       help="plain PyTorch on a GPU: no Triton, no torch.compile; for edits of sea.py")
+                       help="plain PyTorch on a GPU, for edits of sea.py: no Triton, no compiler")
 
 
 def complete(args, presets):
@@ -94,14 +102,15 @@ def complete(args, presets):
     return argparse.Namespace(**{**presets[args.device], **vars(args)})
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Optimizers
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update, a matrix, is replaced by the nearest orthogonal one (Jordan et al., 2024).
+    """Momentum whose update, a matrix, is replaced by the nearest orthogonal one (Jordan et al.,
+    2024).
 
-    As torch.optim.Muon, but in float32 where bfloat16 is slow, and equal shapes at once: fewer, larger products.
-    The step is as large as AdamW's would be, so that both take one learning rate.
+    As torch.optim.Muon, but in float32 where bfloat16 is slow, and equal shapes at once: fewer,
+    larger products. The step is as large as AdamW's would be, so that both take one learning rate.
     """
 
     def __init__(self, params, momentum=0.95):
@@ -121,7 +130,7 @@ class Muon(torch.optim.Optimizer):
                         self.state[p]["mean"] = torch.zeros_like(p)
                     mean = self.state[p]["mean"]
                     mean.lerp_(p.grad, 1 - group["momentum"])
-                    updates.append(p.grad.lerp(mean, group["momentum"]))             # Nesterov's look ahead
+                    updates.append(p.grad.lerp(mean, group["momentum"]))     # Nesterov's look ahead
                 rate = 0.2 * max(shape) ** 0.5 * group["lr"]
                 for p, update in zip(params, orthogonalize(torch.stack(updates))):
                     p.mul_(1 - group["lr"] * WEIGHT_DECAY).add_(update, alpha=-rate)
@@ -140,28 +149,32 @@ def orthogonalize(x):
 
 
 def make_optimizers(model):
-    """Muon for the blocks' matrices, AdamW for embeddings, norms, biases and what the attention adds."""
+    """Muon for the blocks' matrices, AdamW for embeddings, norms, biases and what the attention
+    adds."""
     matrices, others = [], []
     for name, p in model.named_parameters():
         inside = name.startswith("layers.") and ".attention." not in name and p.dim() == 2
         (matrices if inside else others).append(p)
     fused = next(model.parameters()).is_cuda
-    return [Muon(matrices), torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0., fused=fused)]
+    adamw = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0., fused=fused)
+    return [Muon(matrices), adamw]
 
 
 def learning_rate(step, peak, steps):
-    """Of step 1, 2 .. steps: linear to the peak over the first tenth, then a cosine to a tenth of it."""
+    """Of step 1, 2 .. steps: linear to the peak over the first tenth, then a cosine to a tenth of
+    it."""
     warmup = max(1, steps // 10)
     if step <= warmup:
         return peak * step / warmup
     return peak * (0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Data, evaluation, log
 
 def open_data(args):
-    """Train and validation tokens and their meta data; prepares the embedded data set where it is missing."""
+    """Train and validation tokens and their meta data; prepares the embedded data set where it is
+    missing."""
     with engine.first_rank_first(args.device):
         if args.data == "stdlib" and not (common.FOLDER / "stdlib" / "meta.json").exists():
             if subprocess.run([sys.executable, common.FOLDER / "stdlib.py"]).returncode:
@@ -169,15 +182,15 @@ def open_data(args):
     train, val, meta = common.load(args.data)
     shorter = min(len(train), len(val))
     if shorter <= args.context:
-        fail(f"data/{args.data} has {len(train):,} tokens to train on and {len(val):,} to validate; "
-             f"give a --context under {shorter}")
+        fail(f"data/{args.data} has {len(train):,} tokens to train on and {len(val):,} to "
+             f"validate; give a --context under {shorter}")
     return train, val, meta
 
 
 @torch.no_grad()
 def evaluate(model, data, batch_size, at_most, precision):
-    """Mean loss, nats per token, over contiguous windows of a split, `at_most` of them evenly spread: the
-    same ones for every model of this context."""
+    """Mean loss, nats per token, over contiguous windows of a split, `at_most` of them evenly
+    spread: the same ones for every model of this context."""
     context = model.config.context
     device = next(model.parameters()).device
     starts = torch.arange(0, len(data) - context, context)
@@ -196,10 +209,12 @@ def evaluate(model, data, batch_size, at_most, precision):
 
 
 def open_log(path, done):
-    """log.csv, with the rows up to step `done` of a run that goes on: those after it are made once more."""
+    """log.csv, with the rows up to step `done` of a run that goes on: those after it are made once
+    more."""
     rows = path.read_text(errors="replace").splitlines() if done and path.is_file() else []
-    rows = [row for row in rows if row.count(",") == len(COLUMNS) - 1 and row.split(",")[0].isdecimal()]
-    kept = [row for row in rows if int(row.split(",")[0]) <= done]
+    rows = [row for row in rows if row.count(",") == len(COLUMNS) - 1]
+    steps = [row.split(",")[0] for row in rows]
+    kept = [row for row, step in zip(rows, steps) if step.isdecimal() and int(step) <= done]
     if engine.RANK == 0:
         common.write_whole(path, "\n".join([",".join(COLUMNS), *kept, ""]).encode())
     return csv.writer(open(os.devnull if engine.RANK else path, "a", newline="", buffering=1),
@@ -207,21 +222,24 @@ def open_log(path, done):
 
 
 def report(log, args, step, loss, kl, val_loss, rate, seconds):
-    """One line for people and one for log.csv; `seconds` are those of a step, without validation."""
+    """One line for people and one for log.csv; `seconds` are those of a step, without
+    validation."""
     speed = args.batch_size * args.accumulate * engine.RANKS * args.context / seconds
     memory = engine.peak_memory(args.device)
     left = int((args.steps - step) * seconds)
-    print(f"step {step}/{args.steps}  loss {loss:.4f}", f" kl {kl:.4f}" if args.attention == "paper" else "",
+    print(f"step {step}/{args.steps}  loss {loss:.4f}",
+          f" kl {kl:.4f}" if args.attention == "paper" else "",
           f" {1000 * seconds:.0f} ms  {speed:,.0f} tokens/s  {left // 60}:{left % 60:02d} left",
           f" val_loss {val_loss:.4f}" if val_loss else "", flush=True)
     log.writerow([step, loss, kl, val_loss, rate, 1000 * seconds, speed, memory])
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The script
 
 def make_model(args, vocab_size):
-    settings = {name: getattr(args, name) for name in Config.__dataclass_fields__ if hasattr(args, name)}
+    settings = {name: getattr(args, name) for name in Config.__dataclass_fields__
+                if hasattr(args, name)}
     with one_line(ValueError):
         config = Config(vocab_size=vocab_size, architecture="llama", **settings)
     engine.check_fit(config, args.batch_size, args.device)
@@ -247,9 +265,11 @@ def main():
     backend = engine.pick_backend(args.device, args.kernels)
     run = engine.parallel(engine.compiled(model))
     precision, kind = engine.pick_precision(args.device)
-    print(f"preset {args.device}:", *(f"{name} {getattr(args, name)}" for name in PRESETS[args.device]))
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {args.attention} attention, "
-          f"{backend}, {kind}; data/{args.data}: {meta['source']}")
+    preset = [f"{name} {getattr(args, name)}" for name in PRESETS[args.device]]
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"preset {args.device}:", *preset)
+    print(f"{millions:.2f} M parameters, {args.attention} attention, {backend}, {kind}; "
+          f"data/{args.data}: {meta['source']}")
 
     stop = engine.Stop()
     begin = mark = saved = time.time()
@@ -282,19 +302,23 @@ def main():
         if validate or step % LOG_STEPS == 0:
             losses = engine.mean_of_ranks(means).tolist()
             seconds = (time.time() - mark) / (step - marked)
-            val_loss = evaluate(model, val, args.batch_size, EVAL_WINDOWS, precision) if validate else None
+            val_loss = None
+            if validate:
+                val_loss = evaluate(model, val, args.batch_size, EVAL_WINDOWS, precision)
             report(log, args, step, *losses, val_loss, rate, seconds)
             mark = time.time()
             marked = step
         stopped = engine.any_rank(stop, args.device)
         if stopped or step == args.steps or time.time() - saved > 60 * args.save_minutes:
-            engine.save_checkpoint(path, model, tokenizer=meta["tokenizer"], data=args.data, step=step,
-                                   settings=settings, optimizers=[x.state_dict() for x in optimizers])
+            states = [optimizer.state_dict() for optimizer in optimizers]
+            engine.save_checkpoint(path, model, tokenizer=meta["tokenizer"], data=args.data,
+                                   step=step, settings=settings, optimizers=states)
             saved = time.time()
         if stopped:
             stop.leave(path, step, args.steps)
 
-    print(f"final: val_loss {val_loss:.4f} val_ppl {math.exp(val_loss):.3f} train_loss {losses[0]:.4f} "
+    print(f"final: val_loss {val_loss:.4f} val_ppl {math.exp(val_loss):.3f} "
+          f"train_loss {losses[0]:.4f} "
           + (f"attention_kl {losses[1]:.4f} " if args.attention == "paper" else "")
           + f"steps {args.steps} seconds {time.time() - begin:.0f} "
           f"peak_gib {engine.peak_memory(args.device):.2f}")

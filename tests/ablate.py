@@ -30,7 +30,7 @@ COLUMNS = "variant ppl_untrained ppl keys mass block_size keys_per_query context
 block_scores = sea.block_scores      # the originals, whatever a variant puts in their place
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Other scores
 
 def mean_alone(q, moments, block_size, first_row=0):
@@ -54,7 +54,7 @@ def bound(q, summary, block_size, first_row=0):
     return scores.masked_fill(block >= sea.own_block(q.shape[2], first_row, block_size, q.device), -torch.inf)
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Other choices
 
 def one_look(q, k, block_size, keys_per_query, coarse):
@@ -133,7 +133,7 @@ def replaced(functions):
             setattr(sea, name, function)
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The table
 
 def variant_name(text):
@@ -172,7 +172,7 @@ def make_student(teacher, attention, times, args):
     S = args.block_size or teacher.config.block_size
     K = args.keys_per_query or teacher.config.keys_per_query
     size = max(1, round(S * times))
-    keys = max(1, K // S) * S + round(2.5 * (S - size))              # two fixed blocks, and half the own one
+    keys = max(1, K // S) * S + round(2.5 * (S - size))     # two fixed blocks, and half the own one
     return teacher.with_attention(attention, block_size=size, keys_per_query=max(1, keys))
 
 

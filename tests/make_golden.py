@@ -2,7 +2,7 @@
 Make tests/golden: what transformers says of tiny OPTs and Llamas and a small tokenizer, for test_model.py.
 
     pip install torch numpy transformers tokenizers
-    python tests/make_golden.py                    # test_model.py runs it too, where transformers is installed
+    python tests/make_golden.py         # test_model.py runs it too, where transformers is installed
 
 Every folder is in the hub's format. 125m, 350m and 2.7b have the architectures of OPT's models, llama that of
 TinyLlama and llama-tied that of SmolLM2 (key heads shared by two and three query heads), random values for all

@@ -53,7 +53,7 @@ def test_the_true_mass_keeps_the_most():
 @pytest.mark.parametrize("name, block", [("first block not forced", 0), ("block before not forced", -1)])
 def test_what_is_not_forced_is_sometimes_left_out(name, block):
     def share(blocks):
-        rows = blocks[0, :, -1]                                       # (H, W), of a query of the last block
+        rows = blocks[0, :, -1]                               # (H, W), of a query of the last block
         rows = rows[:, 0] if block == 0 else rows[:, (T - 1) // S - 1]
         return rows.float().mean()
 
@@ -82,7 +82,7 @@ def test_a_table_of_students(tmp_path, monkeypatch, capsys):
     ablate.main()
     rows = {row["variant"]: row for row in csv.DictReader(open(tmp_path / "a"))}
     assert list(rows) == list(ablate.VARIANTS)
-    assert all(200 < float(row["ppl"]) < 400 for row in rows.values())          # of random bytes: 256
+    assert all(200 < float(row["ppl"]) < 400 for row in rows.values())        # of random bytes: 256
     assert all(row["ppl"] != row["ppl_untrained"] for row in rows.values())
     keys = [float(row["keys"]) for row in rows.values() if row["keys"]]
     assert len(keys) > 8 and max(keys) < 1.25 * min(keys)                       # as many in each

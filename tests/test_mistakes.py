@@ -93,7 +93,7 @@ WRONG = {int: ("fast", "1.5", "", "nan", "inf", "-1", "1e3", HUGE[1], HUGE[2]),
          "switch": ("1",), "text": ()}
 ZERO_WORKS = {"--seed", "--top-k"}
 HUGE_WORKS = {"--keys-per-query", "--block-size", "--seed", "--eval-windows", "--top-k"}
-ENDLESS = {"--steps", "--max-new-tokens"}        # a huge number of them is legal, and takes for ever
+ENDLESS = {"--steps", "--max-new-tokens"}       # a huge number of them is legal, and takes for ever
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -88,7 +88,7 @@ def test_the_pictures_are_those_of_sea(written):
             exact = 255 * picture.detach().numpy().astype(np.float64) ** (1 / 3)
             assert np.abs(exact - shades(shown[name], T)).max() < 0.51
         assert shown["keys"] == mask.sum(-1).tolist()
-        dense = (shades(shown["dense"], T) / 255.) ** 3                # used = dense on the mask, normalised
+        dense = (shades(shown["dense"], T) / 255.) ** 3       # used = dense on the mask, normalised
         kept = np.array(shown["kept"])
         assert np.abs((dense * mask.numpy()).sum(-1) - kept).max() < 0.02
         assert np.abs(dense * mask.numpy() - used.detach().numpy() * kept[:, None]).max() < 0.02
@@ -254,7 +254,7 @@ def test_a_browser_shows_the_text_and_the_pictures(notes, written):
                                   "\u21b5\n\\x09if x:\\x01\u2028\U0001f600 end")
     for name, row in zip(("estimate", "mask", "used", "dense"), notes["pixels"]):
         shown, wanted = np.array(row).reshape(101, 4), shades(data["layers"]["0"][0][name], T)[100, :101]
-        end = 96 if name == "estimate" else 101                          # its own block is not estimated
+        end = 96 if name == "estimate" else 101                     # its own block is not estimated
         assert (shown[:end, 3] == 255).all() and (shown[end:, 3] == 0).all()
         assert (shown[:end, :3] == np.array(notes["palette"])[wanted[:end]]).all()
     lightness = np.array(notes["palette"]) @ (0.2126, 0.7152, 0.0722)

@@ -161,12 +161,12 @@ def test_a_run_goes_on_as_itself_alone(line, more, hint, folder, monkeypatch, ca
     for file in (folder / "data" / "tiny").iterdir():
         content = file.read_bytes()
         if file.name == "train.bin":
-            content = np.frombuffer(content, np.uint16)[::-1].tobytes()      # as long, and other text
+            content = np.frombuffer(content, np.uint16)[::-1].tobytes()    # as long, and other text
         (folder / "data" / "other" / file.name).write_bytes(content)
     other, rest = engine.load_checkpoint("t.pt", "cpu")
     other.embed_tokens.weight.data += 1
     engine.save_checkpoint(Path("o.pt"), other, **rest)
-    Path("ckpt.pt").write_bytes(Path("t.pt").read_bytes())                   # for --out .: no optimizer in it
+    Path("ckpt.pt").write_bytes(Path("t.pt").read_bytes())         # for --out .: no optimizer in it
     assert run(f"{line} --out here", monkeypatch, capsys)[0] == 0
     before = Path("here/ckpt.pt").read_bytes(), Path("here").stat().st_mtime_ns
     status, _, err = run(f"{line} --out here --resume {more}", monkeypatch, capsys)
@@ -177,7 +177,7 @@ def test_a_run_goes_on_as_itself_alone(line, more, hint, folder, monkeypatch, ca
 def test_data_that_was_prepared_again_is_noticed(folder, monkeypatch, capsys):
     run(TRAIN, monkeypatch, capsys)
     path = folder / "data" / "tiny" / "train.bin"
-    path.write_bytes(np.fromfile(path, np.uint16)[::-1].tobytes())           # as long, and other text
+    path.write_bytes(np.fromfile(path, np.uint16)[::-1].tobytes())         # as long, and other text
     status, _, err = run(f"{TRAIN} --resume", monkeypatch, capsys)
     assert status == 2 and "data was" in err
 
@@ -376,7 +376,7 @@ def test_two_processes_are_one_with_twice_the_accumulation(folder, monkeypatch, 
     printed, _ = two.communicate(timeout=120)
     print(printed)
     assert two.returncode == 0 and printed.count("status 130") == 2 == printed.count("final:")
-    assert printed.count("step 6/6") == 2                                    # only the first one prints
+    assert printed.count("step 6/6") == 2                                # only the first one prints
     
     def numbers(path):
         return [[float(x or 0) for x in row] for row in rows(path)[1:]]
