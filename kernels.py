@@ -367,16 +367,17 @@ def choose(q, moments, T, block_size, n, scale, rows, tile, near=None, coarse=1)
 # dv vary in the last bits from run to run.
 
 @triton.jit
-def slots(lists, tile, count, s, row, first_own, T,
+def slots(lists, tile, count, s, row, own, owns, T,
           S: tl.constexpr, M: tl.constexpr, SLOTS: tl.constexpr):
     """Slots from s on of a list: their keys, which are real, which query attends to which."""
     slot = s + tl.arange(0, SLOTS)
     entry = slot // S
-    block, bits = entries(lists, tile.to(tl.int64) * lists[4], count, entry, first_own)
+    block, bits = entries(lists, tile.to(tl.int64) * lists[4], count, entry, own)
     key = block * S + slot % S
+    real = (entry < count + owns) & (key < T)
     chosen = (bits[None, :] >> tl.arange(0, M)[:, None] & 1) != 0
-    own = (entry >= count)[None, :] & (block[None, :] == (row // S)[:, None])
-    return key, key < T, (chosen | own) & (key[None, :] <= row[:, None])
+    lies_in = (entry >= count)[None, :] & (block[None, :] == (row // S)[:, None])
+    return key, real, (chosen | lies_in) & (key[None, :] <= row[:, None])
 
 
 @triton.jit
@@ -389,15 +390,15 @@ def attend_kernel(q, k, v, out, lse, lists, scale, T, R, H, HKV,
     row = g * M + tl.arange(0, M)
     tile = tl.program_id(1) * lists[3] + g
     count = tl.load(lists[2] + tile)
-    own = (T - R + g * M) // S                                      # the block of the first query
-    owns = tl.minimum(T - R + g * M + M - 1, T - 1) // S - own + 1
+    own = (T - R + g * M) // S                                      # the queries' blocks: the first
+    owns = tl.minimum(T - R + g * M + M - 1, T - 1) // S - own + 1  # and how many they are
     q_tile = load(q, b, h, row, row < R, D)                         # (M, D)
 
     m_i = tl.full([M], -1e30, tl.float32)                           # some see no key at first
     l_i = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, padded(D)], tl.float32)
     for s in range(0, (count + owns) * S, SLOTS):
-        key, real, mine = slots(lists, tile, count, s, T - R + row, own, T, S, M, SLOTS)
+        key, real, mine = slots(lists, tile, count, s, T - R + row, own, owns, T, S, M, SLOTS)
         k_tile = load(k, b, kv, key, real, D)                       # (SLOTS, D)
         v_tile = load(v, b, kv, key, real, D)
         scores = dot(q_tile, tl.trans(k_tile)) * (scale * LOG2E)    # (M, SLOTS)
@@ -424,8 +425,8 @@ def attend_backward_kernel(q, k, v, out, lse, dout, dq, dk, dv, lists, scale, T,
     row = g * M + tl.arange(0, M)
     tile = tl.program_id(1) * lists[3] + g
     count = tl.load(lists[2] + tile)
-    own = (T - R + g * M) // S                                      # the block of the first query
-    owns = tl.minimum(T - R + g * M + M - 1, T - 1) // S - own + 1
+    own = (T - R + g * M) // S                                      # the queries' blocks: the first
+    owns = tl.minimum(T - R + g * M + M - 1, T - 1) // S - own + 1  # and how many they are
     q_tile = load(q, b, h, row, row < R, D)                         # (M, D)
     dout_tile = load(dout, b, h, row, row < R, D)
     lse_tile = tl.load(lse + tl.program_id(1).to(tl.int64) * R + row, mask=row < R, other=0)
@@ -433,7 +434,7 @@ def attend_backward_kernel(q, k, v, out, lse, dout, dq, dk, dv, lists, scale, T,
 
     acc = tl.zeros([M, padded(D)], tl.float32)
     for s in range(0, (count + owns) * S, SLOTS):
-        key, real, mine = slots(lists, tile, count, s, T - R + row, own, T, S, M, SLOTS)
+        key, real, mine = slots(lists, tile, count, s, T - R + row, own, owns, T, S, M, SLOTS)
         k_tile = load(k, b, kv, key, real, D)                       # (SLOTS, D)
         v_tile = load(v, b, kv, key, real, D)
         scores = dot(q_tile, tl.trans(k_tile)) * (scale * LOG2E)    # (M, SLOTS)
