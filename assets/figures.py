@@ -1,156 +1,314 @@
 """
-Draw the README's figures: assets/sea.png from a trained model's real matrices, assets/speed.png from what
-tests/bench.py measured. This is the only file that needs a package to draw with: pip install matplotlib.
+Draw the pictures of README.md, and make the tables of speed of README.md and RESULTS.md.
 
-    python assets/figures.py --checkpoint out/ckpt.pt
-    python assets/figures.py --bench bench.csv
+    python assets/figures.py --table assets/bench.csv             print the tables
+    python assets/figures.py --table assets/bench.csv --write     put them into both files
+    python assets/figures.py --bench assets/bench.csv             draw assets/speed.png
+    python assets/figures.py --checkpoint data/smollm2            draw assets/sea.png
 
-The README's picture of the page, assets/page.png, is Chromium's, 1000 pixels wide, of the same text:
-
-    python sample.py --attention page.html --prompt "$(python assets/figures.py --text)"
-    chromium --headless --hide-scrollbars --virtual-time-budget=4000 --window-size=1000,990 \\
-        --screenshot=assets/page.png "file://$PWD/page.html#layer=1&head=2&token=96"
+bench.csv is what tests/bench.py measured. Pictures need one more package: pip install matplotlib.
 """
+import argparse
 import csv
 import math
+import re
 import sys
 from pathlib import Path
 
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data.common import Parser, encoding, fail
-from data.engine import load_checkpoint
-from sample import pictures
-
-TEXT = """\
-class Table:
-    def __init__(self, rows):
-        self.rows = rows
-
-    def line(self, i):
-        return self.rows[i]"""
+HERE = Path(__file__).resolve().parent
+SETTINGS = ("8", "48"), ("8", "240"), ("16", "64")               # S, K
+STAGES = "moments", "first look", "second look", "attend"
+# Perplexity of SmolLM2-135M under a setting, untrained, T = 2048: RESULTS.md, "Quality"
+QUALITY = {("8", "48"): "perplexity 21.51", ("8", "240"): "perplexity 19.73",
+           ("16", "64"): "with K 48: perplexity 21.71"}
+# x times dense that were hoped for: pass, S, K, then {T: x}
+LENGTHS = [2 ** i for i in range(11, 18)]
+GOALS = {("forward", "8", "48"): dict(zip(LENGTHS, (0.35, 0.7, 1.1, 2, 3.5, 6.5, 11))),
+         ("both", "8", "48"): dict(zip(LENGTHS, (0.5, 1, 1.8, 3.3, 6, 11, 18))),
+         ("forward", "8", "240"): dict(zip(LENGTHS[2:], (0.45, 0.8, 1.6, 3, 5))),
+         ("forward", "16", "64"): dict(zip(LENGTHS[2:], (1.4, 2.6, 4.5, 8, 14)))}
+PASSES = dict(forward="forward", both="forward + backward")
+# What each stage must do at T = 32768, S 8, K 48, H 12, D 64: RESULTS.md, "Where the time goes".
+# Millions of bytes from and to memory, of bytes from the cache, of multiplications and additions
+MUST = {"moments": (50.3 + 14.2, 0, 0), "first look": (50.3 + 1.6, 0, 25_770),
+        "second look": (50.3 + 12.6, 956, 15_300), "attend": (4 * 50.3, 1107, 17_720)}
+COPY, PRODUCTS = 3.0e6, 798e6      # an H100's, measured: millions of bytes, of operations a second
 # the page's shades: lightness only falls from the first to the last
 STOPS = "#f6f5e6", "#cfe3b4", "#86c7a4", "#3f9fa6", "#2b6d9d", "#27397c", "#160f3f"
 
 
 def parse_arguments():
-    parser = Parser(__doc__)
-    parser.add_argument("--checkpoint", default="out/ckpt.pt", help="of a model with SEA attention")
-    parser.add_argument("--layer", type=int, default=1, help="the layer to draw")
-    parser.add_argument("--head", type=int, default=2, help="the head to draw")
-    parser.add_argument("--text", action="store_true", help="print the text and draw nothing")
-    parser.add_argument("--bench", help="a CSV of tests/bench.py: draw speed.png and nothing else")
-    parser.add_argument("--query-block", type=int, default=16, help="M of SEA in speed.png")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", metavar="CSV", help="print the tables of a bench.csv")
+    parser.add_argument("--write", action="store_true", help="with --table: change the files")
+    parser.add_argument("--bench", metavar="CSV", help="draw speed.png")
+    parser.add_argument("--checkpoint", help="draw sea.png: a checkpoint or a hub's folder")
+    parser.add_argument("--tokens", type=int, default=384, help="of held-out text (default: 384)")
+    parser.add_argument("--layer", type=int, default=10, help="to draw, from 0 (default: 10)")
+    parser.add_argument("--head", type=int, default=4, help="to draw, from 0 (default: 4)")
     return parser.parse_args()
 
 
-def draw(estimate, mask, used, dense, block, path):
-    """Four panels (T, T) side by side; white is what a query cannot see or, at first, does not estimate."""
+# --------------------------------------------------------------------------------------------------
+# The tables
+
+class Bench(dict):
+    """A bench.csv: {(what, T, S, K, pass): row}, numbers as text, S and K of dense empty."""
+
+    def __init__(self, path):
+        for row in csv.DictReader(open(path, newline="")):
+            self[row["what"], int(row["T"]), row["S"], row["K"], row["pass"]] = row
+        self.lengths = sorted({key[1] for key in self})
+
+    def number(self, field, what, T, S="", K="", kind="forward"):
+        return float(self[what, T, S, K, kind][field])
+
+    def dense_ms(self, T, kind):
+        return min(self.number("ms", what, T, kind=kind) for what in ("flash", "cudnn"))
+
+    def times(self, T, S, K, kind, what="sea"):
+        return self.dense_ms(T, kind) / self.number("ms", what, T, S, K, kind)
+
+    def crossing(self, S, K, kind, what="sea"):
+        """The T from which on SEA is faster, on a line in logarithms."""
+        gap = {T: math.log(self.times(T, S, K, kind, what)) for T in self.lengths}
+        for low, high in zip(self.lengths, self.lengths[1:]):
+            if gap[low] < 0 <= gap[high]:
+                return low * (high / low) ** (gap[low] / (gap[low] - gap[high]))
+
+
+def short(x):
+    """Three digits."""
+    return f"{x:.{max(0, 2 - math.floor(math.log10(x)))}f}"
+
+
+def thousands(T):
+    return f"{T // 1024}k"
+
+
+def markdown(head, rows):
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def tables(b):
+    """{name: markdown}. README.md and RESULTS.md hold each between two comments with its name."""
+    made = dict(summary=summary(b), forward=speed(b, "forward"), both=speed(b, "both"))
+    made.update(crossover=crossover(b), called=called(b), memory=memory(b), stages=stages(b))
+    made.update({"floor": floor(b), "goals": goals(b), "more goals": more_goals(b)})
+    return made
+
+
+def summary(b):
+    S, K = SETTINGS[0]
+    called = [short(b.times(T, S, K, "forward", "sea, as called")) for T in b.lengths]
+    rows = []
+    for kind, name in PASSES.items():
+        rows.append([f"{name}: dense, ms", *[short(b.dense_ms(T, kind)) for T in b.lengths]])
+        rows.append(["SEA, ms", *[short(b.number("ms", "sea", T, S, K, kind)) for T in b.lengths]])
+        rows.append(["**times faster**", *[short(b.times(T, S, K, kind)) for T in b.lengths]])
+    rows.insert(3, ["times faster as called from Python", *called])
+    return markdown(["T, tokens", *[thousands(T) for T in b.lengths]], rows)
+
+
+def speed(b, kind):
+    rows = []
+    for T in b.lengths:
+        row = [thousands(T), *[short(b.number("ms", x, T, kind=kind)) for x in ("flash", "cudnn")]]
+        for S, K in SETTINGS:
+            row += [short(b.number("ms", "sea", T, S, K, kind)), short(b.times(T, S, K, kind))]
+        rows.append(row)
+    head = [x for S, K in SETTINGS for x in (f"S {S}, K {K}", "x")]
+    return markdown([f"T; {PASSES[kind]}", "flash", "cuDNN", *head], rows)
+
+
+def crossover(b):
+    cases = ("forward", "sea"), ("forward", "sea, as called"), ("both", "sea")
+    rows = []
+    for S, K in SETTINGS:
+        points = [b.crossing(S, K, *case) for case in cases]
+        rows.append([f"S {S}, K {K}", *[f"{round(T, -2):,.0f}" if T else "none" for T in points]])
+    return markdown(["SEA is faster from T =", "forward", "forward, as called from Python",
+                     "forward + backward"], rows)
+
+
+def called(b):
+    rows = []
+    for T in b.lengths:
+        row = [thousands(T)]
+        for S, K in SETTINGS:
+            ms = b.number("ms", "sea, as called", T, S, K)
+            row += [short(ms), short(ms / b.number("ms", "sea", T, S, K))]
+        rows.append(row)
+    head = [x for S, K in SETTINGS for x in (f"S {S}, K {K}, ms", "of the graph's time")]
+    return markdown(["T; as called from Python", *head], rows)
+
+
+def memory(b):
+    rows = []
+    for T in b.lengths:
+        row = [thousands(T)]
+        for kind in PASSES:
+            row.append(f"{b.number('MiB', 'cudnn', T, kind=kind):.0f}")
+            row += [f"{b.number('MiB', 'sea', T, S, K, kind):.0f}" for S, K in SETTINGS]
+        rows.append(row)
+    head = [x for name in PASSES.values()
+            for x in (f"{name}: cuDNN", *[f"S {S}, K {K}" for S, K in SETTINGS])]
+    return markdown(["T; MiB", *head], rows)
+
+
+def stages(b):
+    rows = []
+    for S, K in SETTINGS:
+        for T in b.lengths:
+            ms = [b.number("ms", stage, T, S, K) if (stage, T, S, K, "forward") in b else 0
+                  for stage in STAGES]
+            whole = b.number("ms", "sea", T, S, K)
+            rows.append([f"S {S}, K {K}", thousands(T), *[short(x) if x else "none" for x in ms],
+                         short(whole), f"{100 * ms[1] / whole:.0f} %"])
+    return markdown(["", "T", *STAGES, "whole", "first look's share"], rows)
+
+
+def floor(b):
+    rows = []
+    for stage, (memory, cache, products) in MUST.items():
+        least = 1000 * max(memory / COPY, products / PRODUCTS)
+        ms = b.number("ms", stage, 32768, *SETTINGS[0])
+        rows.append([stage, f"{memory:.0f}", f"{cache:.0f}", f"{products / 1000:.1f}", short(least),
+                     short(ms), short(ms / least)])
+    return markdown(["32k, S 8, K 48", "memory, MB", "L2 cache, MB", "GFLOP", "floor, ms",
+                     "measured, ms", "over floor"], rows)
+
+
+def goals(b):
+    rows = []
+    for (kind, S, K), wanted in GOALS.items():
+        row = [f"{PASSES[kind]}, S {S}, K {K}"]
+        for T in b.lengths:
+            found = b.times(T, S, K, kind)
+            missed = " (missed)" if T in wanted and found < wanted[T] else ""
+            row.append(f"{wanted[T]:g}: {short(found)}{missed}" if T in wanted else "")
+        rows.append(row)
+    return markdown(["goal: measured, x", *[thousands(T) for T in b.lengths]], rows)
+
+
+def more_goals(b):
+    S, K = SETTINGS[0]
+    ms = {T: b.number("ms", "sea", T, S, K) for T in b.lengths}
+    dense = b.number("MiB", "cudnn", 32768, kind="both")
+    cases = [("time at 128k over that at 64k", 2.2, ms[131072] / ms[65536]),
+             ("time at 8k as called from Python, over that of a graph", 1.3,
+              b.number("ms", "sea, as called", 8192, S, K) / ms[8192]),
+             ("memory at 32k, forward, MiB", 120, b.number("MiB", "sea", 32768, S, K)),
+             ("memory at 32k, forward + backward, over dense's", 2.5,
+              b.number("MiB", "sea", 32768, S, K, "both") / dense)]
+    rows = [[name, f"{limit}", short(x) + ("" if x <= limit else " (missed)")]
+            for name, limit, x in cases]
+    return markdown(["S 8, K 48", "at most", "measured"], rows)
+
+
+def put(made, text):
+    """A text with its tables replaced by those made."""
+    for name, table in made.items():
+        pattern = rf"(<!-- table {name} -->\n).*?(<!-- end -->)"
+        text = re.sub(pattern, lambda found: found[1] + table + found[2], text, flags=re.S)
+    return text
+
+
+# --------------------------------------------------------------------------------------------------
+# The pictures
+
+def pyplot():
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.colors import LinearSegmentedColormap, PowerNorm
-    query, key = torch.arange(len(mask))[:, None], torch.arange(len(mask))
-    used_keys, kept = mask.sum(-1).mean(), (dense * mask).sum(-1).mean()
-    past, seen = key < query // block * block, key <= query
-    panels = [("1  estimate", "a cheap guess, by cells", estimate, past),
-              ("2  select", f"{used_keys:.0f} of {(len(mask) + 1) / 2:.0f} keys per query", mask, seen),
-              ("3  attend", "softmax over those keys", used, seen),
-              ("dense, to compare", f"{100 * kept:.0f} % of it is on those keys", dense, seen)]
     plt.rcParams.update({"font.size": 11, "axes.edgecolor": "#888888"})
-    figure, axes = plt.subplots(1, 4, figsize=(11, 3.5), sharey=True, layout="constrained")
-    for axis, (title, note, picture, shown) in zip(axes, panels):
-        image = axis.imshow(picture.masked_fill(~shown, torch.nan), norm=PowerNorm(1 / 3, 0, 1),
-                            cmap=LinearSegmentedColormap.from_list("sea", STOPS), interpolation="nearest")
-        axis.set_title(title, fontsize=14, fontweight="bold", loc="left", pad=23)
-        axis.text(0, 1.03, note, transform=axis.transAxes)
-        axis.set(xlabel="key", xticks=range(0, len(mask), 50), yticks=range(0, len(mask), 50))
-    axes[0].set_ylabel("query")
-    bar = figure.colorbar(image, ax=axes, ticks=[0, 0.01, 0.1, 1], shrink=0.7, pad=0.015)
-    bar.ax.set_yticklabels(["0", "1 %", "10 %", "100 %"])
+    return plt
+
+
+def draw_speed(b, path):
+    """How many times faster than dense attention each setting is, over T."""
+    figure, axes = pyplot().subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
+    for axis, (kind, name) in zip(axes, PASSES.items()):
+        axis.axhline(1, color="#5c5c5c", lw=1.5)
+        for (S, K), color in zip(SETTINGS, (STOPS[5], STOPS[3], "#c9a227")):
+            x = [b.times(T, S, K, kind) for T in b.lengths]
+            label = f"S {S}, K {K} ({QUALITY[S, K]})"
+            axis.plot(b.lengths, x, "o-", ms=4, color=color, label=label)
+            if (S, K) == SETTINGS[0]:
+                for T, y in list(zip(b.lengths, x))[::2]:
+                    axis.annotate(short(y), (T, y), (5, -13), textcoords="offset points",
+                                  color=color)
+        axis.set(xscale="log", yscale="log", xlabel="T, tokens", xlim=(1600, 230_000))
+        axis.set_title(name, loc="left", fontweight="bold", fontsize=11)
+        axis.set_xticks(b.lengths, [thousands(T) for T in b.lengths])
+        axis.set_yticks([0.25, 0.5, 1, 2, 4, 8, 16], "1/4 1/2 1 2 4 8 16".split())
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("times faster than dense attention")
+    axes[0].text(b.lengths[-1], 0.95, "dense (perplexity 19.40)", ha="right", va="top")
+    axes[0].legend(frameon=False, title="SmolLM2-135M, no training, T = 2k", loc="upper left",
+                   alignment="left")
     figure.savefig(path, dpi=160)
 
 
-def curves(path, query_block, kind):
-    """One kind of pass in a CSV of tests/bench.py: {name: {T: (ms, MiB or None)}}, dense attention first."""
-    found, number = {}, lambda text: float(text) if text[:1].isdigit() else None
-    for row in csv.DictReader(open(path, newline="")):
-        dense, sea = row["what"].startswith(("SDPA", "materialised")), row["what"] == "operator"
-        if row["pass"] != kind or not (dense or sea and row["M"] == str(query_block)):
-            continue
-        name = row["what"] if dense else f"SEA, {row['keys_per_query']} keys, W {row['map_width']}"
-        if number(row["ms"]) is not None:
-            found.setdefault(name, {})[int(row["T"])] = number(row["ms"]), number(row["MiB"])
-    return dict(sorted(found.items(), key=lambda item: item[0].startswith("SEA")))
+def panels_of(args):
+    """The four pictures of a head, (T, T) each, of held-out text; its block size."""
+    import torch
+    sys.path.insert(0, str(HERE.parent))
+    from data import common, engine
+    from sample import pictures
+    model, _, data = engine.load_model(args.checkpoint, "cpu")
+    if model.config.attention != "sea":
+        model = model.with_attention("sea")
+    T = min(args.tokens, model.config.context)
+    idx = torch.from_numpy(common.load(data)[1][:T].astype("int64"))[None]
+    layers = list(pictures(model.eval(), idx))
+    return [picture[args.head] for picture in layers[args.layer]], model.config.block_size
 
 
-def crossing(ours, theirs):
-    """Where the first falls below the second, {T: ms} both: (T, ms) on a line in logarithms."""
-    gap = {T: math.log(ours[T] / theirs[T]) for T in sorted(ours) if T in theirs}
-    for low, high in zip(gap, list(gap)[1:]):
-        if gap[low] > 0 >= gap[high]:
-            part = gap[low] / (gap[low] - gap[high])
-            return low * (high / low) ** part, theirs[low] * (theirs[high] / theirs[low]) ** part
-
-
-def draw_curves(axis, lines, colors):
-    """{name: {T: value}} on logarithmic axes."""
-    for name, values in lines.items():
-        axis.plot(*zip(*sorted(values.items())), "o-", ms=4, color=colors[name], label=name)
-    ticks = sorted({T for values in lines.values() for T in values})
-    axis.set_xscale("log", base=2)
-    axis.set(yscale="log", xlabel="T, tokens")
-    axis.set_xticks(ticks, [f"{T // 1024}k" if T >= 1024 else T for T in ticks])
-    axis.grid(alpha=0.3)
-
-
-def draw_speed(forward, with_backward, path):
-    """Time and memory over T, with a ring where SEA becomes quicker than the quickest dense attention."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    plt.rcParams.update({"font.size": 11, "axes.edgecolor": "#888888"})
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
-    shades = {True: iter(2 * [STOPS[3], STOPS[5], STOPS[2]]), False: iter(["#9a9a9a", "#5c5c5c", "#c9a227"])}
-    colors = {name: next(shades[name.startswith("SEA")]) for name in forward}
-    for axis, found in zip(axes, (forward, with_backward)):
-        times = {name: {T: ms for T, (ms, _) in line.items()} for name, line in found.items()}
-        dense = [line for name, line in times.items() if name.startswith("SDPA")]
-        best = {T: min(line[T] for line in dense if T in line) for T in set().union(*dense)}
-        draw_curves(axis, times, colors)
-        for name, line in times.items():
-            if name.startswith("SEA") and (point := crossing(line, best)):
-                axis.plot(*point, "o", ms=13, mfc="none", mec=colors[name])
-                axis.annotate(f"{point[0] / 1024:.0f}k", point, (8, -14), textcoords="offset points",
-                              color=colors[name])
-    memory = {name: {T: mib for T, (_, mib) in line.items() if mib} for name, line in forward.items()}
-    draw_curves(axes[2], memory, colors)
-    titles = "forward, ms", "forward + backward, ms", "forward: memory above the inputs, MiB"
-    for axis, title in zip(axes, titles):
-        axis.set_title(title, loc="left", fontweight="bold", fontsize=11)
-    axes[0].legend(frameon=False)
+def draw_attention(panels, S, path):
+    """Four panels side by side; white is what a query cannot see or does not estimate."""
+    import torch
+    from matplotlib.colors import LinearSegmentedColormap, PowerNorm
+    estimate, mask, used, dense = panels
+    T = len(mask)
+    query, key = torch.arange(T)[:, None], torch.arange(T)
+    past, seen = key < query // S * S, key <= query
+    keys, kept = mask.sum(-1).mean(), (dense * mask).sum(-1).mean()
+    titles = [("1  estimate", f"by blocks of {S} keys", estimate, past),
+              ("2  select", f"{keys:.0f} of {(T + 1) / 2:.0f} keys a query", mask, seen),
+              ("3  attend", "softmax over those keys", used, seen),
+              ("dense, to compare", f"{100 * kept:.0f} % of it is on those keys", dense, seen)]
+    figure, axes = pyplot().subplots(1, 4, figsize=(11, 3.5), sharey=True, layout="constrained")
+    shades = LinearSegmentedColormap.from_list("sea", STOPS)
+    for axis, (title, note, picture, shown) in zip(axes, titles):
+        picture = picture.masked_fill(~shown, torch.nan)
+        image = axis.imshow(picture, norm=PowerNorm(1 / 3, 0, 0.25, clip=True), cmap=shades,
+                            interpolation="nearest")
+        axis.set_title(title, fontsize=14, fontweight="bold", loc="left", pad=23)
+        axis.text(0, 1.03, note, transform=axis.transAxes)
+        axis.set(xlabel="key", xticks=range(0, T, 100), yticks=range(0, T, 100))
+    axes[0].set_ylabel("query")
+    bar = figure.colorbar(image, ax=axes, ticks=[0, 0.001, 0.01, 0.1], shrink=0.7, pad=0.015)
+    bar.ax.set_yticklabels(["0", "0.1 %", "1 %", "10 %"])
     figure.savefig(path, dpi=160)
 
 
 def main():
     args = parse_arguments()
-    if args.text:
-        return print(TEXT)
+    if args.table:
+        made = tables(Bench(args.table))
+        for name, table in made.items():
+            print(f"<!-- table {name} -->\n{table}<!-- end -->\n")
+        for path in (HERE.parent / "README.md", HERE.parent / "RESULTS.md"):
+            if args.write:
+                path.write_text(put(made, path.read_text(encoding="utf-8")), encoding="utf-8")
     if args.bench:
-        path = Path(__file__).resolve().parent / "speed.png"
-        draw_speed(*(curves(args.bench, args.query_block, kind) for kind in ("forward", "fwd + bwd")), path)
-        return print(path)
-    model, rest = load_checkpoint(args.checkpoint, "cpu")
-    config = model.eval().config
-    if config.attention != "sea" or args.layer >= config.n_layer or args.head >= config.n_head:
-        fail(f"{args.checkpoint} has {config.n_layer} layers and {config.n_head} heads of {config.attention} "
-             "attention; give a --layer and a --head of a model with SEA")
-    idx = torch.tensor([encoding(rest["tokenizer"]).encode_ordinary(TEXT)[:config.context]])
-    panels = [picture[args.head] for picture in list(pictures(model, idx))[args.layer]]
-    path = Path(__file__).resolve().parent / "sea.png"
-    draw(*panels, config.query_block, path)
-    print(f"{path}: layer {args.layer}, head {args.head}, {path.stat().st_size / 1000:.0f} kB")
+        draw_speed(Bench(args.bench), HERE / "speed.png")
+    if args.checkpoint:
+        draw_attention(*panels_of(args), HERE / "sea.png")
 
 
 if __name__ == "__main__":
