@@ -1,4 +1,4 @@
-"""README.md says what is so: Python that runs, files and commands that exist, numbers of RESULTS.md."""
+"""README.md says what is so: its Python runs, its commands exist, its numbers are RESULTS.md's."""
 import contextlib
 import doctest
 import io
