@@ -19,9 +19,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import engine
 import sea
-from data import common
+from data import common, engine
 from data.common import Parser, fail, number, one_line
 from model import ATTENTIONS
 from train import CLIP, LOG_STEPS, add_preset, add_running, complete, evaluate, learning_rate

@@ -175,7 +175,7 @@ def columns_of(look, column, Z: tl.constexpr):
 
 @triton.jit
 def ranked(look, column, grain, low, edge, D: tl.constexpr, Z: tl.constexpr):
-    """Scores (M, C) as integers of the same order, NaN highest, whose lowest bits give way to `low`.
+    """Scores (M, C) as integers of the same order, NaN highest; their lowest bits are `low`.
 
     At an edge, where not all blocks are rivals, LOWEST stands for those that are not.
     """
@@ -341,7 +341,7 @@ def choose(q, moments, T, block_size, n, scale, rows, tile, near=None, coarse=1)
                   q.new_empty(B, H, tiles, room, dtype=torch.int32),
                   q.new_empty(B, H, tiles, dtype=torch.int32))
     slots = 32 if rows == LOOKING else 16
-    columns = triton.cdiv(T, block_size) + rows + 2 * coarse        # at most: own coarse blocks twice
+    columns = triton.cdiv(T, block_size) + rows + 2 * coarse        # some coarse blocks come twice
     grain = max(32, triton.next_power_of_2(triton.cdiv(columns, slots)))
     depth = 5 if n <= 8 else 7 if n <= 16 else 9 if n <= 32 else 0  # few tiles have to be redone
     choose_kernel[programs, B * H](

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-import engine
 import sea
+from data import engine
 from data.common import Parser, fail, number, one_line, write_whole
 from model import ATTENTIONS
 

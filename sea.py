@@ -6,8 +6,8 @@ SEA: sparse linear attention with an estimated attention mask (ICLR 2024, arXiv 
     attend     exact softmax attention, to the keys of those blocks alone
 
 B batch, H query heads, Hkv key heads (H is a multiple of Hkv), T tokens, D head width; R queries,
-which are the last R of the T tokens. S is the block size: block c holds keys [cS, (c+1)S). W = T // S
-blocks are complete, and query t lies in block t // S, its own. No step has a parameter, but for the
+which are the last of the T tokens. S is the block size: block c holds keys cS .. cS + S - 1. W = T // S
+are complete, and query t lies in block t // S, its own. No step has a parameter, but for the
 paper's estimator at the end.
 
 This is plain PyTorch. kernels.py has sea_attention and attend once more, in Triton, with the same
@@ -30,7 +30,7 @@ ROWS = 256    # queries that go through at a time: what bounds the memory of thi
 
 
 def use_kernels(on):
-    """Let CUDA tensors go to kernels.py or, so that an edit of this file has an effect, stay here."""
+    """Send CUDA tensors to kernels.py, or keep them here, so that edits of this file count."""
     global backend
     backend = "triton" if on and kernels else "torch"
 
@@ -73,16 +73,20 @@ def look_twice(q, k, block_size, keys_per_query, coarse):
     # Some more than n blocks could fill; and enough that a budget of T keys covers all of T.
     n_wide = max(8, keys_per_query // min(16, wide))
 
-    # First look: the coarse blocks that are worth a closer one, and the one that the query lies in,
-    # which may be incomplete: it is the reason for one more column.
-    scores = block_scores(q, moments(k, wide), wide, first_row)     # (B, H, R, T // wide)
-    near = F.pad(select(scores, wide, n_wide, first_row), (0, 1))   # (B, H, R, T // wide + 1)
-    near |= torch.arange(T // wide + 1, device=q.device) == own_block(R, first_row, wide, q.device)
-    near = near.repeat_interleave(coarse, -1)[..., :T // block_size]             # (B, H, R, W)
-
-    # Second look. All blocks are scored here and most are masked; kernels.py skips those.
     scores = block_scores(q, moments(k, block_size), block_size, first_row)      # (B, H, R, W)
-    return select(scores.masked_fill(~near, -torch.inf), block_size, n, first_row)
+
+    # First look: the coarse blocks that are worth a closer one, and the one that the query lies in,
+    # which may be incomplete: it is the reason for one more column. Of a few all would be kept.
+    if T // wide > n_wide + 2:
+        wide_scores = block_scores(q, moments(k, wide), wide, first_row)         # (B, H, R, T/wide)
+        near = F.pad(select(wide_scores, wide, n_wide, first_row), (0, 1))
+        own = own_block(R, first_row, wide, q.device)                            # (R, 1)
+        near |= torch.arange(T // wide + 1, device=q.device) == own
+        near = near.repeat_interleave(coarse, -1)[..., :T // block_size]         # (B, H, R, W)
+        scores = scores.masked_fill(~near, -torch.inf)
+
+    # Second look, inside them. All were scored above; kernels.py skips what is masked.
+    return select(scores, block_size, n, first_row)
 
 
 def moments(k, block_size):
@@ -226,7 +230,7 @@ def kernel_attention(q, k, v, omega, chunk=64):
     v = F.pad(chunks(v), (0, 1), value=1.0)                         # the ones add up to the total
 
     sums = phi_k.mT @ v                                                          # (B, H, N, F, E+1)
-    before = sums.cumsum(2) - sums
+    before = F.pad(sums[:, :, :-1].cumsum(2), (0, 0, 0, 0, 1, 0))                # of earlier chunks
     inside = (phi_q @ phi_k.mT).tril()                                           # (B, H, N, L, L)
     out = (phi_q @ before + inside @ v).flatten(2, 3)[:, :, :T]                  # (B, H, T, E+1)
     return out[..., :-1] / out[..., -1:]

@@ -22,8 +22,7 @@ from pathlib import Path
 
 import torch
 
-import engine
-from data import common
+from data import common, engine
 from data.common import Parser, fail, number, one_line
 from model import ATTENTIONS, Config, Transformer
 

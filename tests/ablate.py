@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import distill  # noqa: E402
-import engine  # noqa: E402
+from data import engine  # noqa: E402
 import sea  # noqa: E402
 from data.common import Parser, fail, number, one_line  # noqa: E402
 from train import evaluate  # noqa: E402

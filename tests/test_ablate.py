@@ -7,7 +7,7 @@ import torch
 
 import ablate
 import sea
-from engine import save_checkpoint
+from data.engine import save_checkpoint
 from model import Config, Transformer
 
 T, S, K, H = 120, 4, 12, 3

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import data.common
 import distill
-import engine
+from data import engine
 import train
 from model import ATTENTIONS, Config, Transformer
 

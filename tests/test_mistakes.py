@@ -11,7 +11,7 @@ import torch
 
 import data.common
 import distill
-import engine
+from data import engine
 import sample
 import train
 from model import Config, Transformer

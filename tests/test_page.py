@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import sample
-from engine import save_checkpoint
+from data.engine import save_checkpoint
 from model import Config, Transformer
 from sea import estimated_attention
 

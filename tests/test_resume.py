@@ -17,7 +17,7 @@ import torch
 
 import data.common
 import distill
-import engine
+from data import engine
 import train
 from model import Config, Transformer
 
@@ -338,7 +338,8 @@ DRIVER = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
-import data.common, distill, engine, train
+import data.common, distill, train
+from data import engine
 data.common.FOLDER = Path("data").resolve()
 train.EVAL_WINDOWS = 3
 train.LOG_STEPS = 1

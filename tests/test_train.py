@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import data.common
-import engine
+from data import engine
 import sample
 import train
 from model import Config, Transformer
