@@ -13,12 +13,14 @@ attention is replaced, and it learns to match what the teacher computes.
 """
 import argparse
 import math
+import sys
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))      # python -P leaves it out
 import sea
 from data import common, engine
 from data.common import Parser, fail, number, one_line
@@ -76,7 +78,7 @@ def parse_arguments():
     args = parser.parse_args()
     args = complete(args, PRESETS["checkpoint" if args.teacher.endswith(".pt") else "published"])
     teacher = Path(args.teacher)
-    name = teacher.parent.name if args.teacher.endswith(".pt") else teacher.name
+    name = teacher.absolute().parent.name if args.teacher.endswith(".pt") else teacher.name
     args.out = Path(args.out or f"out/{name}-{args.attention or 'sea'}")
     return args
 
@@ -141,8 +143,8 @@ def describe(name, model, tokens, args, precision):
     idx = torch.from_numpy(tokens[:min(model.config.context, MOST_ROWS)].astype("int64"))[None]
     with precision:
         keys, mass = keys_and_mass(model.eval(), idx.to(args.device))
-    print(f"{name}: loss {loss:.4f} ppl {math.exp(loss):.3f}"
-          + (f" keys_per_query {keys:.1f} mass_kept {mass:.3f}" if keys else ""), flush=True)
+    engine.say(f"{name}: loss {loss:.4f} ppl {math.exp(loss):.3f}"
+               + (f" keys_per_query {keys:.1f} mass_kept {mass:.3f}" if keys else ""))
     return loss, keys, mass
 
 
@@ -195,8 +197,8 @@ def distill(student, teacher, tokens, args, precision, optimizer, done=0, save=N
             seconds = (time.time() - mark) / (step - marked)
             left = int((args.steps - step) * seconds)
             losses = [f" {name} {means[name]:.4f}" for name in shown(student)]
-            print(f"step {step}/{args.steps}", *losses,
-                  f" {1000 * seconds:.0f} ms  {left // 60}:{left % 60:02d} left", flush=True)
+            engine.say(f"step {step}/{args.steps}", *losses,
+                       f" {1000 * seconds:.0f} ms  {left // 60}:{left % 60:02d} left")
             mark = time.time()
             marked = step
         stopped = engine.any_rank(stop, args.device)
@@ -247,6 +249,9 @@ def make_student(teacher, args):
     with one_line(ValueError):
         student = teacher.with_attention(args.attention, **settings)
     engine.check_fit(student.config, args.batch_size, args.device)
+    engine.check_budget(student.config)
+    args.block_size = student.config.block_size         # given or not, they are the run's settings
+    args.keys_per_query = student.config.keys_per_query
     return student
 
 
@@ -261,14 +266,15 @@ def main():
     precision, kind = engine.pick_precision(args.device)
     teacher, tokenizer, tokens, held_out = load_teacher(args)
     student = make_student(teacher, args)
-    print(f"teacher {args.teacher} ({teacher.config.attention}), data/{args.data}, "
-          f"T {args.context}, {backend}, {kind}")
+    engine.say(f"teacher {args.teacher} ({teacher.config.attention}), data/{args.data}, "
+               f"T {args.context}, {backend}, {kind}")
     if args.eval_only:
         loss, *_ = describe(f"{args.attention}", student, held_out, args, precision)
-        print(f"final: {args.eval_only}_loss {loss:.4f} {args.eval_only}_ppl {math.exp(loss):.3f}")
+        engine.say(f"final: {args.eval_only}_loss {loss:.4f} "
+                   f"{args.eval_only}_ppl {math.exp(loss):.3f}")
         return
 
-    lock = engine.own_folder(args.out)      # held until this process ends
+    lock = engine.own_folder(args)      # held until this process ends
     path = args.out / "ckpt.pt"
     optimizer = make_optimizer(student)
     settings = engine.settings_of(args, tokens)
@@ -296,12 +302,12 @@ def main():
     seconds = time.time() - begin
     name = f"{args.attention} student after"
     loss, keys, mass = describe(name, student, held_out, args, precision)
-    print(f"final: val_loss {loss:.4f} val_ppl {math.exp(loss):.3f} "
-          f"ppl_before {math.exp(before):.3f} teacher_ppl {math.exp(start):.3f} "
-          + (f"keys_per_query {keys:.1f} mass_kept {mass:.3f} " if keys else "")
-          + (f"attention_kl {losses['estimate']:.4f} " if args.attention == "paper" else "")
-          + f"steps {args.steps} seconds {seconds:.0f} "
-          f"peak_gib {engine.peak_memory(args.device):.2f}")
+    engine.say(f"final: val_loss {loss:.4f} val_ppl {math.exp(loss):.3f} "
+               f"ppl_before {math.exp(before):.3f} teacher_ppl {math.exp(start):.3f} "
+               + (f"keys_per_query {keys:.1f} mass_kept {mass:.3f} " if keys else "")
+               + (f"attention_kl {losses['estimate']:.4f} " if args.attention == "paper" else "")
+               + f"steps {args.steps} seconds {seconds:.0f} "
+               f"peak_gib {engine.peak_memory(args.device):.2f}")
 
 
 if __name__ == "__main__":

@@ -487,6 +487,8 @@ class Transformer(nn.Module):
 
 def sample(logits, temperature, top_k=None, ids=None):
     """Choose a token of each row: logits (B, V) -> (B, 1)."""
+    if not logits.isfinite().all():
+        raise FloatingPointError("the logits are no numbers: the model's weights are spoilt")
     if ids is not None:
         logits = torch.full_like(logits, -torch.inf).index_copy(1, ids, logits[:, ids])
     if top_k is not None:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))      # python -P leaves it out
 from data import common, engine
 from data.common import Parser, fail, number, one_line
 from model import ATTENTIONS, Config, Transformer
@@ -54,7 +55,7 @@ def parse_arguments():
                "K, keys that a query of SEA chooses, beside the fixed blocks")
 
     group = parser.add_argument_group("training")
-    group.add_argument("--data", default="stdlib", help="folder in data/")
+    group.add_argument("--data", default="stdlib", help="folder in data/, or its whole path")
     add_preset(group, PRESETS, "steps", "steps of the optimizers")
     add_preset(group, PRESETS, "batch_size", "sequences in a micro-batch")
     add_preset(group, PRESETS, "lr", "peak learning rate", float)
@@ -64,7 +65,7 @@ def parse_arguments():
     add_running(parser)
 
     args = complete(parser.parse_args(), PRESETS)
-    args.out = Path(args.out or f"out/{args.attention}-{args.data}")
+    args.out = Path(args.out or f"out/{args.attention}-{Path(args.data).name}")
     return args
 
 
@@ -176,7 +177,7 @@ def open_data(args):
     missing."""
     with engine.first_rank_first(args.device):
         if args.data == "stdlib" and not (common.FOLDER / "stdlib" / "meta.json").exists():
-            if subprocess.run([sys.executable, common.FOLDER / "stdlib.py"]).returncode:
+            if subprocess.run([sys.executable, common.SCRIPTS / "stdlib.py"]).returncode:
                 raise SystemExit(2)
     train, val, meta = common.load(args.data)
     shorter = min(len(train), len(val))
@@ -226,10 +227,11 @@ def report(log, args, step, loss, kl, val_loss, rate, seconds):
     speed = args.batch_size * args.accumulate * engine.RANKS * args.context / seconds
     memory = engine.peak_memory(args.device)
     left = int((args.steps - step) * seconds)
-    print(f"step {step}/{args.steps}  loss {loss:.4f}",
-          f" kl {kl:.4f}" if args.attention == "paper" else "",
-          f" {1000 * seconds:.0f} ms  {speed:,.0f} tokens/s  {left // 60}:{left % 60:02d} left",
-          f" val_loss {val_loss:.4f}" if val_loss else "", flush=True)
+    engine.say(f"step {step}/{args.steps}  loss {loss:.4f}",
+               f" kl {kl:.4f}" if args.attention == "paper" else "",
+               f" {1000 * seconds:.0f} ms  {speed:,.0f} tokens/s ",
+               f"{left // 60}:{left % 60:02d} left",
+               f" val_loss {val_loss:.4f}" if val_loss else "")
     log.writerow([step, loss, kl, val_loss, rate, 1000 * seconds, speed, memory])
 
 
@@ -242,6 +244,7 @@ def make_model(args, vocab_size):
     with one_line(ValueError):
         config = Config(vocab_size=vocab_size, architecture="llama", **settings)
     engine.check_fit(config, args.batch_size, args.device)
+    engine.check_budget(config)
     return Transformer(config).to(args.device)
 
 
@@ -255,7 +258,7 @@ def main():
     model = make_model(args, meta["vocab_size"])
     optimizers = make_optimizers(model)
 
-    lock = engine.own_folder(args.out)      # held until this process ends
+    lock = engine.own_folder(args)      # held until this process ends
     path = args.out / "ckpt.pt"
     settings = engine.settings_of(args, tokens)
     done = engine.resume(path, model, optimizers, settings)["step"] if args.resume else 0
@@ -266,9 +269,9 @@ def main():
     precision, kind = engine.pick_precision(args.device)
     preset = [f"{name} {getattr(args, name)}" for name in PRESETS[args.device]]
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"preset {args.device}:", *preset)
-    print(f"{millions:.2f} M parameters, {args.attention} attention, {backend}, {kind}; "
-          f"data/{args.data}: {meta['source']}")
+    engine.say(f"preset {args.device}:", *preset)
+    engine.say(f"{millions:.2f} M parameters, {args.attention} attention, {backend}, {kind}; "
+               f"data/{args.data}: {meta['source']}")
 
     stop = engine.Stop()
     begin = mark = saved = time.time()
@@ -316,11 +319,11 @@ def main():
         if stopped:
             stop.leave(path, step, args.steps)
 
-    print(f"final: val_loss {val_loss:.4f} val_ppl {math.exp(val_loss):.3f} "
-          f"train_loss {losses[0]:.4f} "
-          + (f"attention_kl {losses[1]:.4f} " if args.attention == "paper" else "")
-          + f"steps {args.steps} seconds {time.time() - begin:.0f} "
-          f"peak_gib {engine.peak_memory(args.device):.2f}")
+    engine.say(f"final: val_loss {val_loss:.4f} val_ppl {math.exp(val_loss):.3f} "
+               f"train_loss {losses[0]:.4f} "
+               + (f"attention_kl {losses[1]:.4f} " if args.attention == "paper" else "")
+               + f"steps {args.steps} seconds {time.time() - begin:.0f} "
+               f"peak_gib {engine.peak_memory(args.device):.2f}")
 
 
 if __name__ == "__main__":

@@ -15,14 +15,17 @@ import torch
 
 from data import hub
 
-FOLDER = Path(__file__).resolve().parent
+SCRIPTS = Path(__file__).resolve().parent
+# Data sets are folders beside the scripts; beside out/ where nothing can be written there.
+FOLDER = SCRIPTS if os.access(SCRIPTS, os.W_OK) else Path("data").resolve()
 TOKENIZERS = "bytes (nothing to download), gpt2, opt or smollm2"         # for the help of flags
 NO_DATA = {"__init__", "common", "engine", "gguf", "hub", "smollm2"}     # of data/*.py
 
 
 def fail(message):
     """A mistake that the user can mend: one line that says how, and exit status 2."""
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    with suppress(OSError):                          # a terminal that was closed
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -36,7 +39,30 @@ def one_line(*errors, hint=""):
     try:
         yield
     except errors as error:
+        if isinstance(error, BrokenPipeError):
+            raise                                        # any_output's
         fail(first_line(error) + (hint and "; " + hint))
+
+
+@contextmanager
+def any_output():
+    """Around a script's main: what its output cannot show becomes ?, and where nobody reads any
+    more, as behind head, it ends without a word, as after Ctrl-C."""
+    if hasattr(sys.stdout, "reconfigure"):           # not where stdout is closed
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        pass
+    finally:
+        try:
+            print(end="", flush=True)
+        except OSError as error:                     # Python would try once more, and complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if not isinstance(error, BrokenPipeError):
+                fail(f"cannot print ({first_line(error)})")
 
 
 def number(kind, least, most=10 ** 9):
@@ -112,7 +138,7 @@ def smollm2_encoding(folder):
 
 def make_folder(name):
     """The folder data/NAME, made if it is not there."""
-    with one_line(ValueError):
+    with one_line(ValueError, hint="see to it, or run this in a folder where you may write"):
         hub.make_folder(FOLDER / name)
     return FOLDER / name
 
@@ -188,7 +214,7 @@ def write_whole(path, content):
 def load(name, split=None):
     """data/NAME -> train tokens, validation tokens (uint16), meta; or tokens of `split`, meta."""
     folder = FOLDER / name
-    scripts = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in NO_DATA)
+    scripts = sorted(path.stem for path in SCRIPTS.glob("*.py") if path.stem not in NO_DATA)
     again = f"prepare it again: python data/{name if name in scripts else 'text'}.py"
     if not (folder / "meta.json").is_file():
         there = sorted(path.parent.name for path in FOLDER.glob("*/meta.json"))

@@ -8,13 +8,12 @@ to go on: to the bit on a CPU; on a GPU the kernels' float32 atomics vary in the
 """
 import math
 import os
-import pickle
 import shutil
 import signal
 import sys
 import zipfile
 import zlib
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,7 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sea
 from data import hub
-from data.common import encoding, fail, first_line, one_line, random_batch, whole_file
+from data.common import (any_output, encoding, fail, first_line, one_line, random_batch,
+                         whole_file)
 from model import Config, Transformer
 
 RANK = int(os.environ.get("RANK", 0))                     # as torchrun sets them
@@ -94,6 +94,17 @@ def check_fit(config, batch_size, device):
              "smaller model or --context")
 
 
+def check_budget(config):
+    """Tell where a query chooses all that there is: such a run says nothing of choosing."""
+    S = config.block_size
+    # The keys of the last query, whose own block is counted as in sea.py and in model.Window.
+    own = dict(sea=S, paper=S, window=(S + 1) // 2).get(config.attention)
+    if own and RANK == 0 and config.context <= (max(1, config.keys_per_query // S) + 2) * S + own:
+        print(f"note: {config.keys_per_query} keys a query in blocks of {S} cover the context of "
+              f"{config.context}: this selects everything, as dense attention does",
+              file=sys.stderr)
+
+
 # --------------------------------------------------------------------------------------------------
 # The run
 
@@ -104,7 +115,14 @@ def training_script(main):
                        hint="lower --batch-size, raise --accumulate")
     whole = one_line(OSError, KeyboardInterrupt,
                      hint="a checkpoint already there is whole, --resume goes on")
-    return whole(smaller(main))
+    spoilt = one_line(FloatingPointError, hint="try a lower --lr")
+    return any_output()(whole(smaller(spoilt(main))))
+
+
+def say(*words):
+    """Print what a run tells; it goes on where nobody reads: a closed terminal, a full disk."""
+    with suppress(OSError):
+        print(*words, flush=True)
 
 
 def step_batches(tokens, context, args, step):
@@ -134,14 +152,15 @@ class Stop:
         self.signal = number
         signal.signal(number, signal.default_int_handler)
         if RANK == 0:
-            print("stopping after this step; once more: at once", file=sys.stderr)
+            with suppress(OSError):                       # after SIGHUP the terminal is closed
+                print("stopping after this step; once more: at once", file=sys.stderr)
 
     def __bool__(self):
         return self.signal > 0
 
     def leave(self, path, step, steps):
         """The end of a run that was stopped."""
-        print(f"{path} holds step {step} of {steps}; the same command with --resume goes on")
+        say(f"{path} holds step {step} of {steps}; the same command with --resume goes on")
         raise SystemExit(128 + (self.signal or signal.SIGINT))
 
 
@@ -149,8 +168,11 @@ class Stop:
 # Checkpoints
 
 def check_out(args):
-    """Before any work: args.out must hold a checkpoint to go on from, or none that would be
-    lost."""
+    """Before any work: args.out must be a folder to write to, which holds a checkpoint to go on
+    from, or none that would be lost."""
+    there = next(path for path in (args.out, *args.out.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        fail(f"cannot write to --out {args.out}: {there} is no folder, or not yours to write to")
     path = args.out / "ckpt.pt"
     if args.resume and not path.is_file():
         fail(f"there is no {path} to go on from; leave --resume out")
@@ -159,11 +181,11 @@ def check_out(args):
              "--out takes another folder")
 
 
-def own_folder(path):
+def own_folder(args):
     """Make the folder and lock it against other runs -> the lock, which goes with this process."""
     with one_line(OSError, hint="give another folder by --out"):
-        path.mkdir(parents=True, exist_ok=True)
-        lock = open(path / "lock", "a")
+        args.out.mkdir(parents=True, exist_ok=True)
+        lock = open(args.out / "lock", "a")
     try:
         import fcntl                                      # not on Windows
         if RANK == 0:
@@ -171,7 +193,8 @@ def own_folder(path):
     except ImportError:
         pass
     except OSError:
-        fail(f"another run is writing to {path}; wait for its end, or give another --out")
+        fail(f"another run is writing to {args.out}; wait for its end, or give another --out")
+    check_out(args)                        # another run may have come and gone since the first time
     return lock
 
 
@@ -181,25 +204,46 @@ def save_checkpoint(path, model, **rest):
             torch.save(dict(model=model.state_dict(), config=asdict(model.config), **rest), file)
 
 
+@contextmanager
+def checkpoint_of_ours(path):
+    """Around what reads a checkpoint: whatever may be in the file, it is told in one line."""
+    try:
+        yield
+    except hub.DAMAGE as error:
+        fail(f"{path} is no checkpoint of this program ({first_line(error)}); train again")
+
+
 def load_checkpoint(path, device):
     """A file of save_checkpoint -> the model on the device, and the rest of the file."""
     if not os.path.isfile(path):
         fail(f"there is no checkpoint {path}; python train.py makes out/sea-stdlib/ckpt.pt")
-    try:
+    with checkpoint_of_ours(path):
         if not zipfile.is_zipfile(path):
             raise RuntimeError("cut off, or another kind of file")
+        hub.check_zip(path)
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(saved, dict):
             raise TypeError(f"it holds a {type(saved).__name__}")
         if "query_block" in saved["config"]:
             raise ValueError("it is of the first design")
-        model = Transformer(Config(**saved.pop("config")))
-        model.load_state_dict(saved.pop("model"))
-        saved["tokenizer"], saved["data"]
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError, OSError,
-            pickle.UnpicklingError) as error:
-        fail(f"{path} is no checkpoint of this program ({first_line(error)}); train again")
+        model = model_of(Config(**saved.pop("config")), saved.pop("model"), os.path.getsize(path))
+        if not isinstance(saved["tokenizer"], str) or not isinstance(saved["data"], str):
+            raise TypeError("it does not name its tokenizer and its data")
     return model.to(device), saved
+
+
+def model_of(config, weights, size):
+    """The model of a file of that size. No memory is taken for what the file only claims to
+    hold."""
+    if config.n_layer > len(weights) or config.num_features > size:
+        raise ValueError("its config claims more than it holds")
+    with torch.device("meta"):
+        model = Transformer(config)
+    weights = {name: x.float() for name, x in weights.items()}
+    model.load_state_dict(weights, assign=True)
+    if not all(x.isfinite().all() for x in weights.values()):
+        raise ValueError("it holds weights that are no numbers")
+    return model
 
 
 def load_model(name, device):
@@ -252,19 +296,38 @@ def resume(path, model, optimizers, settings):
     found, saved = load_checkpoint(path, "cpu")
     if "optimizers" not in saved:
         fail(f"{path} holds no state of an optimizer; leave --resume out")
-    before = saved["settings"]
-    changed = [f"{name} was {before.get(name, 'not given')}, now {settings.get(name, 'not given')}"
-               for name in sorted({*settings, *before}) if before.get(name) != settings.get(name)]
-    if changed:
-        fail(f"{path} is of another run ({'; '.join(changed)}); take the flags and data of that "
-             "run, or another --out without --resume")
-    if saved["step"] == settings["steps"]:
-        print(f"{path} holds all {saved['step']} steps; nothing is left to do")
-        raise SystemExit(0)
-    model.load_state_dict(found.state_dict())
-    for optimizer, state in zip(optimizers, saved.pop("optimizers"), strict=True):
-        optimizer.load_state_dict(state)
+    with checkpoint_of_ours(path):
+        check_same_run(path, saved["settings"], settings)
+        if not 0 < int(saved["step"]) <= settings["steps"]:
+            raise ValueError(f"it is of step {saved['step']}")
+        if saved["step"] == settings["steps"]:
+            say(f"{path} holds all {saved['step']} steps; nothing is left to do")
+            raise SystemExit(0)
+        model.load_state_dict(found.state_dict())
+        for optimizer, state in zip(optimizers, saved.pop("optimizers"), strict=True):
+            load_optimizer(optimizer, state)
     return saved
+
+
+def check_same_run(path, before, now):
+    """All settings that differ, in one line; what to do where more steps are wanted."""
+    changed = [f"{name} was {before.get(name, 'not given')}, now {now.get(name, 'not given')}"
+               for name in sorted({*now, *before}) if before.get(name) != now.get(name)]
+    if not changed:
+        return
+    more = ""
+    if before.get("steps") != now["steps"]:
+        more = "; --lr falls over all --steps, so with other --steps every step is another one"
+    fail(f"{path} is of another run ({'; '.join(changed)}); take the flags and data of that run, "
+         f"or another --out without --resume{more}")
+
+
+def load_optimizer(optimizer, state):
+    """Its states must be those of its weights, which torch does not check."""
+    optimizer.load_state_dict(state)
+    for p, kept in optimizer.state.items():
+        if not all(x.shape in (p.shape, ()) for x in kept.values()):
+            raise ValueError("its optimizer is of other weights")
 
 
 # --------------------------------------------------------------------------------------------------

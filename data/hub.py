@@ -10,6 +10,7 @@ import struct
 import time
 import urllib.request
 import zipfile
+import zlib
 from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
@@ -272,9 +273,9 @@ KINDS = {b"version https://git-lfs": "a Git LFS pointer; `git lfs pull` fetches 
          b"GGUF": "a GGUF file; python data/smollm2.py --file reads it",
          b"PK": f"a zip, as torch.save writes it; name it {BIN}",
          b"\x80": f"a pickle, as torch.save wrote it; name it {BIN}"}
-PICKLE_ERRORS = (RuntimeError, OSError, EOFError, AttributeError, LookupError, TypeError,
-                 ValueError, AssertionError, ArithmeticError, MemoryError, struct.error,
-                 pickle.UnpicklingError, zipfile.BadZipFile)
+DAMAGE = (RuntimeError, OSError, EOFError, AttributeError, LookupError, TypeError, ValueError,
+          AssertionError, ArithmeticError, MemoryError, struct.error, zlib.error,
+          pickle.UnpicklingError, zipfile.BadZipFile)      # what files of others may raise
 
 
 def find_weights(find):
@@ -421,7 +422,7 @@ def read_pickle(path):
         if zipped:
             check_zip(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except PICKLE_ERRORS as error:
+    except DAMAGE as error:
         raise ValueError(f"{path} {pickle_cause(error)}; fetch it again") from None
     if not isinstance(tensors, dict) or not all(map(is_weight, tensors.items())):
         raise ValueError(f"{path} is whole but holds no weights: it is a {type(tensors).__name__} "
@@ -430,10 +431,13 @@ def read_pickle(path):
 
 
 def check_zip(path):
-    """torch.save compresses nothing: a file with more in it than its size is a trap."""
+    """torch.save compresses nothing: a file with more in it than its size is a trap. And torch.load
+    does not look at the sums that tell of a changed bit."""
     with zipfile.ZipFile(path) as archive:
-        if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
+        if sum(member.file_size for member in archive.infolist()) > os.path.getsize(path):
             raise ValueError("it unpacks to more than its size")
+        if archive.testzip():
+            raise ValueError(f"{archive.testzip()} in it has changed since it was written")
 
 
 def is_weight(item):
@@ -535,6 +539,8 @@ def read_vocabulary(vocab, merges):
         pairs = [line.split() for line in lines if line and not line.startswith("#version")]
         if not all(len(pair) == 2 and set("".join(pair)) <= byte.keys() for pair in pairs):
             raise ValueError("a merge is not two tokens")
+        if not all(0 <= i < 2 ** 16 for i in ids.values()):
+            raise ValueError("an id is not from 0 to 65535")
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{vocab} or {merges} is damaged ({error}); fetch both again") from None
     return ids, byte, list(byte) + ["".join(pair) for pair in pairs]

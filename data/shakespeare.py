@@ -6,20 +6,20 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # where the package data is found
-from data.common import FOLDER, Parser, download, write
+from data.common import Parser, any_output, download, make_folder, write
 from data.text import read
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 
 
+@any_output()
 def main():
     parser = Parser(__doc__)
     parser.add_argument("--url", default=URL, help="where to download from: http, https or file")
     parser.add_argument("--tokenizer", default="bytes", help="bytes (no download), gpt2 or opt")
     args = parser.parse_args()
 
-    path = FOLDER / "shakespeare" / "input.txt"
-    path.parent.mkdir(exist_ok=True)
+    path = make_folder("shakespeare") / "input.txt"
     if not path.exists():
         download(args.url, path)
     text = read(path)

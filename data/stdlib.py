@@ -1,4 +1,4 @@
-"""The embedded data set: the sources of the running Python's own standard library, without its tests.
+"""The embedded data set: the sources of the running Python's own library, without its tests.
 
     python data/stdlib.py          about 12 MB of text, no network
 
@@ -11,11 +11,12 @@ import sysconfig
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # where the package data is found
-from data.common import Parser, fail, write
+from data.common import Parser, any_output, fail, write
 
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
+@any_output()
 def main():
     parser = Parser(__doc__)
     parser.add_argument("--tokenizer", default="bytes", help="bytes (no download), gpt2 or opt")
@@ -24,11 +25,13 @@ def main():
     root = Path(sysconfig.get_paths()["stdlib"])
     files = sorted(p for p in root.rglob("*.py") if not LEFT_OUT & set(p.relative_to(root).parts))
     if len(files) < 100:
-        fail(f"this Python keeps no library sources in {root}; take another, or python data/text.py FILE")
+        fail(f"this Python keeps no library sources in {root}; take another, or "
+             "python data/text.py FILE")
     random.Random(1337).shuffle(files)
     texts = [p.read_text(encoding="utf-8", errors="ignore") for p in files]
     held_out = len(texts) // 20
-    write("stdlib", dict(train="\n".join(texts[held_out:]), val="\n".join(texts[:held_out])), args.tokenizer,
+    splits = dict(train="\n".join(texts[held_out:]), val="\n".join(texts[:held_out]))
+    write("stdlib", splits, args.tokenizer,
           f"standard library of Python {platform.python_version()}, {len(files)} files")
 
 

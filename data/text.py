@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # where the package data is found
-from data.common import TOKENIZERS, Parser, fail, write
+from data.common import TOKENIZERS, Parser, any_output, fail, write
 
 
 def read(path):
@@ -27,6 +27,7 @@ def read(path):
     return text
 
 
+@any_output()
 def main():
     parser = Parser(__doc__)
     parser.add_argument("file", help="a UTF-8 text file")

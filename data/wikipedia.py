@@ -17,8 +17,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # where the package data is found
-from data.common import (TOKENIZERS, Parser, encoding, fail, make_folder, wheel, write,
-                         write_whole)
+from data.common import (TOKENIZERS, Parser, any_output, encoding, fail, make_folder, one_line,
+                         wheel, write, write_whole)
 
 REQUIREMENT = "gensim==4.4.0"
 SHA256 = "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8"
@@ -131,7 +131,10 @@ def read_dump(path):
     content = path.read_bytes()
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            content = archive.read(f"gensim/test/test_data/{DUMP}")
+            member = archive.getinfo(f"gensim/test/test_data/{DUMP}")
+            if member.file_size > LARGEST:
+                raise ValueError(f"its dump is larger than {LARGEST:,} bytes")
+            content = archive.read(member)
     unpacker = bz2.BZ2Decompressor()
     xml = unpacker.decompress(content, LARGEST)
     if not unpacker.eof:
@@ -152,6 +155,7 @@ def articles(xml):
     return [(title, text) for title, text in found if len(text) > 1000]
 
 
+@any_output()
 def main():
     parser = Parser(__doc__)
     parser.add_argument("--file", type=Path,
@@ -162,7 +166,7 @@ def main():
     encoding(args.tokenizer)                          # what is missing is said before any download
     folder = make_folder("wikipedia")
     kept = folder / DUMP
-    with tempfile.TemporaryDirectory(dir=folder) as aside:
+    with one_line(OSError), tempfile.TemporaryDirectory(dir=folder) as aside:
         path = args.file or kept
         if not args.file and not kept.is_file():
             print(f"fetching {REQUIREMENT} by pip: 27.8 MB, of which 1.7 MB are kept")

@@ -8,7 +8,8 @@ import zlib
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # where the package data is found
-from data.common import TOKENIZERS, Parser, download, fail, make_folder, write
+from data.common import (TOKENIZERS, Parser, any_output, download, fail, make_folder,
+                         write)
 
 URL = "https://wikitext.smerity.com/wikitext-2-raw-v1.zip"
 SPLITS = dict(train="wiki.train.raw", val="wiki.valid.raw", test="wiki.test.raw")
@@ -32,6 +33,7 @@ def read_splits(path):
     return texts
 
 
+@any_output()
 def main():
     parser = Parser(__doc__)
     parser.add_argument("--url", default=URL, help="of the zip: http, https or file")
