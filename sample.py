@@ -9,7 +9,6 @@ Write text with a model that train.py or distill.py made, or look at what its at
 import base64
 import codecs
 import json
-import os
 import sys
 import time
 import zlib
@@ -18,9 +17,10 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))      # python -P leaves it out
 import sea
 from data import engine
-from data.common import Parser, fail, number, one_line, write_whole
+from data.common import Parser, any_output, fail, number, one_line, write_whole
 from model import ATTENTIONS
 
 TEMPLATE = Path(__file__).resolve().parent / "assets" / "attention.html"
@@ -168,7 +168,9 @@ def write_text(model, enc, idx, args):
     print(f"{tokens / seconds:.1f} tokens/s, {memory:.2f} GiB", file=sys.stderr)
 
 
+@any_output()
 @one_line(MemoryError, torch.OutOfMemoryError, hint="shorten the prompt")
+@one_line(OSError, FloatingPointError)
 def main():
     args = parse_arguments()
     engine.pick_backend(args.device, args.kernels)
@@ -184,13 +186,7 @@ def main():
     if args.page:
         write_page(model, enc, idx, args.page, args.layers)
         return
-
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")           # what a terminal cannot show becomes ?
-    try:
-        write_text(model, enc, idx, args)
-    except BrokenPipeError:                               # the reader has seen enough, as head does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    write_text(model, enc, idx, args)
 
 
 if __name__ == "__main__":
