@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))      # python -P leaves it out
 import sea
@@ -24,37 +25,32 @@ from data.common import Parser, any_output, fail, number, one_line, write_whole
 from model import ATTENTIONS
 
 TEMPLATE = Path(__file__).resolve().parent / "assets" / "attention.html"
-ROOM = 1_900_000        # bytes of pictures in a page, so that it can be mailed
-MOST_TOKENS = 512       # in a page: each picture is T x T
+ROOM = 1_800_000        # bytes of heads in a page, so that it can be mailed
+LEAST = 0.001, 0.01     # shares that a page shows, from the first of these that lets all heads fit
+MOST_TOKENS = 512       # in a page, which holds T x T numbers of each head
+SMALL = 32              # pixels of a thumbnail's side
 
 
 def parse_arguments():
     parser = Parser(__doc__)
-    group = parser.add_argument_group("text")
-    group.add_argument("--prompt", default="class Queue:\n    def ", help="text to go on from")
-    group.add_argument("--max-new-tokens", type=number(int, 1), default=500, help="tokens to write")
-    group.add_argument("--temperature", type=number(float, 0), default=0.7,
-                       help="0 takes the likeliest")
-    group.add_argument("--top-k", type=number(int, 0), default=0,
-                       help="choose among the K likeliest tokens; 0: all")
-    group.add_argument("--seed", type=number(int, 0), default=1337, help="of the choices")
-
-    group = parser.add_argument_group("attention")
-    group.add_argument("--attention", choices=ATTENTIONS, help="in place of the model's own")
-    group.add_argument("--keys-per-query", type=number(int, 1), metavar="K",
-                       help="keys that a query of SEA chooses; None: as trained")
-    group.add_argument("--page", type=Path, metavar="FILE",
-                       help="write no text but a page that shows the prompt's attention")
-    group.add_argument("--layers", type=number(int, 0), nargs="+", metavar="N",
-                       help="layers in that page, from 0; None: all, or as many as 2 MB hold")
-
-    group = parser.add_argument_group("running")
-    group.add_argument("--checkpoint", default="out/sea-stdlib/ckpt.pt",
-                       help="a checkpoint, a folder in the hub's format, or a name there")
-    group.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"),
-                       help="auto: a GPU if any")
-    group.add_argument("--no-kernels", dest="kernels", action="store_false",
-                       help="plain PyTorch on a GPU")
+    add = parser.add_argument_group("text").add_argument
+    add("--prompt", default="class Queue:\n    def ", help="text to go on from")
+    add("--max-new-tokens", type=number(int, 1), default=500, help="tokens to write")
+    add("--temperature", type=number(float, 0), default=0.7, help="0 takes the likeliest")
+    add("--top-k", type=number(int, 0), default=0, help="choose among K likeliest tokens; 0: all")
+    add("--seed", type=number(int, 0), default=1337, help="of the choices")
+    add = parser.add_argument_group("attention").add_argument
+    add("--attention", choices=ATTENTIONS, help="in place of the model's own")
+    add("--keys-per-query", type=number(int, 1), metavar="K",
+        help="keys that a query of SEA chooses; None: as trained")
+    add("--page", type=Path, metavar="FILE", help="write a page of the prompt's attention instead")
+    add("--layers", type=number(int, 0), nargs="+", metavar="N",
+        help="layers in that page, from 0; None: all, or as many as 2 MB hold")
+    add = parser.add_argument_group("running").add_argument
+    add("--checkpoint", default="out/sea-stdlib/ckpt.pt",
+        help="a checkpoint, a folder in the hub's format, or a name there")
+    add("--device", default="auto", choices=("auto", "cuda", "cpu"), help="auto: a GPU if any")
+    add("--no-kernels", dest="kernels", action="store_false", help="plain PyTorch on a GPU")
     args = parser.parse_args()
     args.device = engine.pick_device(args.device)
     if args.layers and not args.page:
@@ -92,31 +88,43 @@ def pictures(model, idx):
     """For each layer, of one sequence idx (1, T): the estimate, the mask, the attention used and
     the dense attention of the same q and k, (H, T, T) each."""
     c = model.config
-    for layer in model(idx, trace=True).trace:
-        k = layer.k.repeat_interleave(c.n_head // c.n_kv_head, 1)                # (1, H, T, D)
-        estimate, mask, used = sea.estimated_attention(layer.q, k, c.block_size,
-                                                       c.keys_per_query, c.coarse)
-        future = torch.ones_like(mask).triu(1)
-        scores = (layer.q @ k.mT).float() * c.head_dim ** -0.5
-        dense = scores.masked_fill(future, -torch.inf).softmax(-1)
-        yield estimate[0].float(), mask[0].float(), used[0].float(), dense[0]
+    for q, k in [(layer.q, layer.k) for layer in model(idx, trace=True).trace]:
+        shown = sea.estimated_attention(q, k, c.block_size, c.keys_per_query, c.coarse)
+        # With a budget of all keys it is dense.
+        dense = sea.estimated_attention(q, k, c.block_size, idx.shape[1], c.coarse)[2]
+        yield [picture[0].float() for picture in (*shown, dense)]
 
 
-def head_data(estimate, mask, used, dense):
-    """What a page holds of a head. A byte is 255 times the cube root, which keeps 1 % and 2 % well
-    apart."""
-    def pack(picture):
-        shades = (255 * picture ** (1 / 3)).round().byte().cpu().numpy()
-        return base64.b64encode(zlib.compress(shades.tobytes(), 9)).decode()
+def shades(share, most=255, least=0):
+    """Bytes of shares: the cube root keeps 1 % and 2 % well apart. Those below least become 0."""
+    return (most * share.masked_fill(share < least, 0) ** (1 / 3)).round().byte()
 
-    kept = [round(share, 4) for share in (dense * mask).sum(-1).tolist()]
-    return dict(estimate=pack(estimate), mask=pack(mask), used=pack(used), dense=pack(dense),
-                keys=mask.sum(-1).int().tolist(), kept=kept)         # of each query
+
+def compress(content):
+    return base64.b64encode(zlib.compress(content.cpu().numpy())).decode()
+
+
+def pack(estimate, mask, used, dense, block_size, least):
+    """What a page holds of a head: of T queries the attention that SEA missed, of T x W blocks the
+    estimate, 128 more where they are chosen, of T x T keys the attention that is used or, outside
+    the mask, was missed."""
+    first_keys = slice(0, len(mask) // block_size * block_size, block_size)
+    blocks = shades(block_size * estimate[:, first_keys], 127, least)
+    blocks += 128 * mask[:, first_keys].byte()
+    missed = dense * (1 - mask)
+    keys = shades(used + missed, 255, least)
+    return compress(torch.cat((shades(missed.sum(-1)), blocks.flatten(), keys.flatten())))
+
+
+def thumbnails(mask, dense):
+    """Heads (H, T, T) as small pictures of their peaks, 128 more where SEA missed the peak."""
+    peaks = torch.stack((dense * mask, dense * (1 - mask)))
+    used, missed = F.adaptive_max_pool2d(peaks, SMALL)               # (H, SMALL, SMALL)
+    return shades(torch.maximum(used, missed), 127) + 128 * (missed > used).byte()
 
 
 def layers_that_fit(sizes):
-    """All layers or, evenly from the first to the last, as many as there is room for; one at
-    least."""
+    """All layers or, evenly from first to last, as many as there is room for, one at least."""
     for count in range(len(sizes), 0, -1):
         layers = torch.linspace(0, len(sizes) - 1, count).round().long().tolist()
         if sum(sizes[i] for i in layers) <= ROOM:
@@ -124,16 +132,30 @@ def layers_that_fit(sizes):
     return layers
 
 
+def texts_of(tokens):
+    """The text of each token; of a character that several make, the last has it, others none."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="backslashreplace")
+    texts = [decoder.decode(token) for token in tokens]
+    texts[-1] += decoder.decode(b"", final=True)
+    return texts
+
+
 def write_page(model, enc, idx, path, layers):
-    """Put the text and the pictures of all heads into a copy of the template, which needs no other
-    file."""
-    heads = [[head_data(*head) for head in zip(*layer)] for layer in pictures(model, idx)]
-    sizes = [len(json.dumps(layer)) for layer in heads]
-    layers = sorted(set(layers or [])) or layers_that_fit(sizes)
-    tokens = [enc.decode_single_token_bytes(i) for i in idx[0].tolist()]
-    tokens = [token.decode(errors="backslashreplace") for token in tokens]
-    shown = {i: heads[i] for i in layers}
-    data = dict(tokens=tokens, block_size=model.config.block_size, layers=shown)
+    """Put the text and the attention of all heads into a copy of the template: one file for all."""
+    c = model.config
+    for least in LEAST:
+        heads, glance = [], []
+        for layer in pictures(model, idx):
+            heads.append([pack(*head, c.block_size, least) for head in zip(*layer)])
+            glance.append(thumbnails(layer[1], layer[3]))
+        sizes = [len("".join(heads[i])) for i in layers or range(c.n_layer)]
+        if sum(sizes) <= ROOM:
+            break
+    layers = sorted(set(layers or layers_that_fit(sizes)))
+    tokens = texts_of([enc.decode_single_token_bytes(i) for i in idx[0].tolist()])
+    data = dict(tokens=tokens, block_size=c.block_size, n=max(1, c.keys_per_query // c.block_size),
+                least=least, count=c.n_layer, heads=c.n_head, glance=compress(torch.stack(glance)),
+                layers={i: heads[i] for i in layers})
     data = json.dumps(data).replace("<", "\\u003c")              # no text can end the page's script
     page = TEMPLATE.read_text(encoding="utf-8").replace("PAGE_DATA", data).encode()
     write_whole(path, page)
@@ -152,20 +174,20 @@ def write_text(model, enc, idx, args):
     to_text = codecs.getincrementaldecoder("utf-8")(errors="replace")
     print(args.prompt.encode(errors="replace").decode(), end="")
     ids = torch.tensor(enc.ids, device=args.device) if hasattr(enc, "ids") else None
-    top_k = args.top_k or None
     precision, _ = engine.pick_precision(args.device)
+    choice = args.temperature, args.top_k or None, ids
     tokens = 0
     begin = time.perf_counter()
     with precision, suppress(KeyboardInterrupt):           # Ctrl-C ends the text
-        for token in model.stream(idx, args.max_new_tokens, args.temperature, top_k, ids):
+        for token in model.stream(idx, args.max_new_tokens, *choice):
             tokens += 1
             if token.item() == enc.eot:
                 break
             print(to_text.decode(enc.decode_single_token_bytes(token.item())), end="", flush=True)
     print(to_text.decode(b"", final=True))
     seconds = time.perf_counter() - begin
-    memory = engine.peak_memory(args.device)
-    print(f"{tokens / seconds:.1f} tokens/s, {memory:.2f} GiB", file=sys.stderr)
+    print(f"{tokens / seconds:.1f} tokens/s, {engine.peak_memory(args.device):.2f} GiB",
+          file=sys.stderr)
 
 
 @any_output()
@@ -185,8 +207,8 @@ def main():
     idx = torch.tensor([prompt], device=args.device)
     if args.page:
         write_page(model, enc, idx, args.page, args.layers)
-        return
-    write_text(model, enc, idx, args)
+    else:
+        write_text(model, enc, idx, args)
 
 
 if __name__ == "__main__":

@@ -70,52 +70,94 @@ def data_of(page):
     return json.loads(re.split("</script", text)[0])
 
 
-def shades(packed, T):
-    return np.frombuffer(zlib.decompress(base64.b64decode(packed)), np.uint8).reshape(T, T)
+def unpack(packed):
+    return np.frombuffer(zlib.decompress(base64.b64decode(packed)), np.uint8)
+
+
+def head_of(page, layer, head, T, S=8):
+    """missed (T), blocks (T, W), keys (T, T) of a head, as bytes."""
+    content = unpack(data_of(page)["layers"][str(layer)][head])
+    missed, blocks, keys = np.split(content, [T, T + T * (T // S)])
+    return missed, blocks.reshape(T, -1), keys.reshape(T, T)
+
+
+def shares(content, most=255):
+    return (content / most) ** 3
+
+
+def kinds(query, blocks, S=8):
+    """What each block is to a query, by the page's words."""
+    own = query // S
+    found = ["chosen" if byte > 127 else "missed" for byte in blocks[query, :own]]
+    found[own - 1:] = ["before", "own"]
+    found[0] = "first"
+    return found
 
 
 # ---- the data
 
-def test_the_pictures_are_those_of_sea(written):
+def test_the_numbers_are_those_of_sea(written):
     model, idx, page = written
     data, T = data_of(page), idx.shape[1]
-    assert list(data["layers"]) == ["0", "1", "2", "3"] and data["block_size"] == 8
+    assert list(data["layers"]) == ["0", "1", "2", "3"] and data["heads"] == data["count"] == 4
+    assert (data["block_size"], data["n"], data["least"]) == (8, 2, 0.001)
     for layer, head in ((0, 0), (1, 3), (3, 2)):
-        shown = data["layers"][str(layer)][head]
+        missed, blocks, keys = head_of(page, layer, head, T)
         seen = model(idx, trace=True).trace[layer]
-        estimate, mask, used = [picture[0, head] for picture in estimated_attention(seen.q, seen.k, 8, 16)]
-        for name, picture in (("estimate", estimate), ("used", used), ("mask", mask.float())):
-            exact = 255 * picture.detach().numpy().astype(np.float64) ** (1 / 3)
-            assert np.abs(exact - shades(shown[name], T)).max() < 0.51
-        assert shown["keys"] == mask.sum(-1).tolist()
-        dense = (shades(shown["dense"], T) / 255.) ** 3       # used = dense on the mask, normalised
-        kept = np.array(shown["kept"])
-        assert np.abs((dense * mask.numpy()).sum(-1) - kept).max() < 0.02
-        assert np.abs(dense * mask.numpy() - used.detach().numpy() * kept[:, None]).max() < 0.02
-        assert np.abs(dense.sum(-1) - 1).max() < 0.02 and not np.triu(dense, 1).any()
+        shown = estimated_attention(seen.q, seen.k, 8, 16)
+        estimate, mask, used = [picture[0, head].detach().numpy() for picture in shown]
+        assert ((blocks > 127) == mask[:, ::8]).all()
+        assert np.abs(shares(blocks & 127, 127) - 8 * estimate[:, ::8]).max() < 0.013
+        assert np.abs(shares(keys) - used)[mask].max() < 0.007
+        assert not keys[used.astype(bool) & (used < 0.0009)].any() and not np.triu(keys, 1).any()
+
+        scores = (seen.q[0, head] @ seen.k[0, head].T / 4).detach().numpy()
+        dense = np.tril(np.exp(scores))
+        dense /= dense.sum(-1, keepdims=True)
+        assert np.abs(shares(keys) - dense)[~mask].max() < 0.007
+        assert np.abs(shares(missed) - (dense * ~mask).sum(-1)).max() < 0.007
+        assert shares(missed).max() > 0.05                           # there is something to show
 
 
-def test_the_dense_attention_is_of_the_same_q_and_k(written):
+def test_thumbnails_hold_the_peaks(written):
     model, idx, page = written
-    with torch.no_grad():
-        block, T = model.layers[0], idx.shape[1]
-        x = block.self_attn_layer_norm(model.embed_tokens(idx) + model.embed_positions(torch.arange(T) + 2))
-        q, k = (linear(x)[0, :, 16:32] for linear in (block.self_attn.q_proj, block.self_attn.k_proj))
-        scores = (q @ k.T / 4).masked_fill(torch.ones(T, T).triu(1) > 0, -torch.inf)
-    dense = shades(data_of(page)["layers"]["0"][1]["dense"], T)
-    assert np.abs(255 * scores.softmax(-1).numpy() ** (1 / 3) - dense).max() < 0.51
+    small = unpack(data_of(page)["glance"]).reshape(4, 4, 32, 32)
+    missed, blocks, keys = head_of(page, 1, 2, idx.shape[1])
+    mask = np.repeat(blocks > 127, 8, 1)
+    dense = np.where(mask, shares(keys) * (1 - shares(missed))[:, None], shares(keys))
+    peaks = dense.reshape(32, 8, 32, 8).max((1, 3))
+    assert np.abs(shares(small[1, 2] & 127, 127) - peaks).max() < 0.03
+    sure = peaks > 0.02
+    lost = (dense * ~mask).reshape(32, 8, 32, 8).max((1, 3)) == peaks
+    assert ((small[1, 2] > 127) == lost)[sure].all() and lost[sure].any()
+
+
+def test_characters_stay_whole():
+    text = "d\u00e9j\u00e0 \u65e5\u672c \U0001f600!"
+    single = [bytes([byte]) for byte in text.encode()]
+    texts = sample.texts_of(single)
+    assert "".join(texts) == text and texts[:4] == ["d", "", "\u00e9", "j"]
+    assert texts[7:13] == ["", "", "\u65e5", "", "", "\u672c"]
+    assert sample.texts_of([b" \xf0\x9f", b"\x98\x80"]) == [" ", "\U0001f600"]
+    assert sample.texts_of([b"a", b"\xf0\x9f"]) == ["a", "\\xf0\\x9f"]
 
 
 def test_any_text_is_safe(written):
-    wanted = [token.decode(errors="backslashreplace") for token in ODD] * 16
-    assert data_of(written[2])["tokens"] == wanted and wanted[7:9] == ["\\xf0\\x9f", "\\x98"]
+    wanted = sample.texts_of(ODD * 16)
+    assert data_of(written[2])["tokens"] == wanted
+    assert wanted[6:10] == ["\u00e9", "", "", "\\xf0\\x9f\\x98\n"]
     text = written[2].read_text(encoding="utf-8")
     assert text.count("<script") == text.count("</script") == 2 and text.count("<!--") == 1
-    assert "http" not in text and " src=" not in text and "@import" not in text     # it needs no other file
+    assert "http" not in text and " src=" not in text and "@import" not in text
 
 
-def test_a_page_can_be_mailed(written, monkeypatch):
+def test_a_page_can_be_mailed(written, tmp_path, monkeypatch):
     assert written[2].stat().st_size < 2_000_000
+    monkeypatch.setattr(sample, "ROOM", 1000)
+    sample.write_page(written[0], OddEncoding(), written[1], tmp_path / "a.html", None)
+    data = data_of(tmp_path / "a.html")                  # what does not fit is left out
+    assert (list(data["layers"]), data["least"], data["count"]) == (["0"], 0.01, 4)
+    monkeypatch.undo()
     assert sample.layers_that_fit([10, 10, 10]) == [0, 1, 2]
     assert sample.layers_that_fit([700_000] * 12) == [0, 11]
     assert sample.layers_that_fit([9_000_000] * 12) == [0]
@@ -131,12 +173,12 @@ def test_layers_can_be_chosen(tmp_path, monkeypatch, capsys):
 
 
 def test_keys_per_query_and_speed(tmp_path, monkeypatch, capsys):
-    keys = []
+    means = []
     for number in (8, 40):
         line = f"--page a.html --layers 0 --keys-per-query {number}"
         assert run(line, "some text " * 12, tmp_path, small_model(), monkeypatch, capsys)[0] == 0
-        keys.append(np.mean([head["keys"] for head in data_of(tmp_path / "a.html")["layers"]["0"]]))
-    assert keys[1] > keys[0] + 4
+        means.append((head_of(tmp_path / "a.html", 0, 1, 120)[1] > 127).mean())
+    assert means[1] > means[0] + 0.1
     status, out, err = run("--max-new-tokens 3", "ab", tmp_path, small_model(), monkeypatch, capsys)
     assert status == 0 and out.startswith("ab") and "tokens/s" not in out
     assert re.fullmatch(r"[\d.]+ tokens/s, [\d.]+ GiB\n", err)
@@ -181,39 +223,60 @@ def test_a_write_that_fails_leaves_the_old_page(function, tmp_path, monkeypatch,
     assert (tmp_path / "a.html").read_text() == "the old page"
 
 
-# ---- in a browser: a script in a copy of the page does what a person would, and leaves notes in the document
+# ---- in a browser: a script in a copy of the page does what a person would, and leaves notes
 
 VISIT = """
 <script>
 async function visit() {
-  const later = () => new Promise(resolve => setTimeout(resolve, 300));
-  const byId = id => document.getElementById(id), spans = [...byId("text").children], notes = {};
-  const canvases = [...document.querySelectorAll("figure canvas")];
-  const indices = name => spans.flatMap((span, i) => span.classList.contains(name) ? [i] : []);
-  const choose = (id, value) => { byId(id).value = value; byId(id).dispatchEvent(new Event("change")) };
-  const point = (i, type) => { spans[i].dispatchEvent(new PointerEvent(type, {bubbles: true}));
-                               return indices("picked") };
-  const press = key => { byId("text").dispatchEvent(new KeyboardEvent("keydown", {key}));
-                         return indices("picked") };
+  const later = (ms = 300) => new Promise(resolve => setTimeout(resolve, ms));
+  const notes = {}, canvases = figures.map(figure => figure.querySelector("canvas"));
+  const having = name => groups.flatMap(({span, to}) => span.classList.contains(name) ? [to] : []);
+  const choose = (select, value) => { select.value = value; select.dispatchEvent(new Event("change")) };
+  const point = (i, type) => { groupOf[i].span.dispatchEvent(new PointerEvent(type, {bubbles: true}));
+                               return having("picked") };
+  const press = key => { text.dispatchEvent(new KeyboardEvent("keydown", {key}));
+                         return having("picked") };
+  const at = (element, type, x, y) => {
+    const box = element.getBoundingClientRect();
+    element.dispatchEvent(new PointerEvent(type,
+      {clientX: box.left + x * box.width, clientY: box.top + y * box.height}));
+  };
+  const alphas = canvas => [...canvas.getContext("2d").getImageData(0, 100, 256, 1).data]
+    .filter((_, i) => i % 4 === 3);
   await later();
-  notes.tokens = spans.length; notes.text = byId("text").textContent; notes.start = indices("picked");
-  notes.pixels = canvases.map(canvas => [...canvas.getContext("2d").getImageData(0, 100, 101, 1).data]);
-  notes.palette = palette;
+  notes.groups = groups.length; notes.text = text.textContent; notes.start = having("picked");
+  notes.alphas = canvases.map(alphas);
   const before = canvases.map(canvas => canvas.toDataURL());
-  choose("layer", 1);
-  choose("head", 3);
+  choose(layer, 1);
+  choose(head, 3);
   await later();
   notes.changed = canvases.map((canvas, i) => canvas.toDataURL() !== before[i]);
-  notes.hovered = point(90, "pointermove"); notes.lit = indices("lit"); notes.said = byId("said").textContent;
-  notes.figures = [...byId("figures").querySelectorAll("td")].map(cell => cell.textContent);
-  choose("shown", "dense"); notes.dense = indices("lit");
+  notes.hovered = point(90, "pointermove"); notes.said = said.textContent;
+  notes.kinds = groups.map(({span}) => span.className.split(" ")[1]);
+  notes.bars = groups.map(({span}) => +span.style.getPropertyValue("--share"));
+  notes.masses = groups.map(({span}) => +span.style.getPropertyValue("--mass"));
+  notes.labels = groups.map(({span}) => span.dataset.label).filter(label => label);
+  await later(500);
+  notes.hash = [location.hash];
   notes.held = [point(60, "click"), point(70, "pointermove")];
   notes.free = [point(60, "click"), point(70, "pointermove")];
-  byId("text").focus();
+  text.focus();
   notes.walk = ["ArrowRight", "ArrowLeft", "ArrowLeft", "Home", "ArrowLeft", "End", "ArrowRight"].map(press);
-  notes.outline = getComputedStyle(byId("text")).outlineStyle;
-  notes.labels = ["layer", "head", "shown"].map(id => byId(id).labels.length);
+  notes.outline = getComputedStyle(text).outlineStyle;
+  at(canvases[3], "pointermove", 40.5 / T, 90.5 / T);
+  notes.named = named.textContent; notes.pair = [having("picked"), having("key")];
+  at(canvases[0], "pointermove", 200.5 / T, 90.5 / T);
+  notes.unseen = named.textContent;
+  at(glance, "click", 2.5 / 4, 1.5 / 4);
+  await later(800);
+  notes.clicked = [layer.value, head.value]; notes.hash.push(location.hash);
+  location.hash = "layer=3&head=0&token=5";
+  await later();
+  notes.shared = [layer.value, head.value, having("picked"), said.textContent.slice(0, 26)];
+  notes.select_labels = [layer, head].map(select => select.labels.length);
   notes.too_wide = document.documentElement.scrollWidth - innerWidth;
+  const pixels = glance.getContext("2d").getImageData(0, 0, glance.width, glance.height).data;
+  notes.glance = pixels.filter((_, i) => i % 4 === 3 && pixels[i]).length / (pixels.length / 4);
   const note = document.body.appendChild(document.createElement("pre"));
   note.id = "notes"; note.textContent = btoa(encodeURIComponent(JSON.stringify(notes)));
 }
@@ -223,12 +286,13 @@ addEventListener("load", visit);
 
 
 def browse(page, folder):
-    """Load a page in a narrow headless Chromium -> the document that it became, and what its console said."""
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-               "--disable-background-networking", "--disable-component-update", "--disable-sync",
-               f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=5000", "--window-size=500,800",
-               "--enable-logging=stderr", "--dump-dom", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, timeout=60, encoding="utf-8", errors="replace")
+    """Load a page in a narrow headless Chromium -> the document that it became, its console."""
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
+               "--no-first-run", "--disable-background-networking", "--disable-component-update",
+               "--disable-sync", f"--user-data-dir={folder / 'profile'}", "--window-size=500,800",
+               "--virtual-time-budget=9000", "--enable-logging=stderr", "--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, timeout=120, encoding="utf-8",
+                          errors="replace")
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
@@ -248,33 +312,59 @@ def notes(written, tmp_path_factory):
 
 def test_a_browser_shows_the_text_and_the_pictures(notes, written):
     _, idx, page = written
-    data, T = data_of(page), idx.shape[1]
-    assert notes["tokens"] == T and notes["start"] == [T - 1]
+    T = idx.shape[1]
+    assert notes["groups"] == T - 32 and notes["start"] == [T - 1]
     assert notes["text"] == 16 * ("</script><!--<script> <b>&amp;\"'\\PAGE_DATA\u00e9\\xf0\\x9f\\x98"
                                   "\u21b5\n\\x09if x:\\x01\u2028\U0001f600 end")
-    for name, row in zip(("estimate", "mask", "used", "dense"), notes["pixels"]):
-        shown, wanted = np.array(row).reshape(101, 4), shades(data["layers"]["0"][0][name], T)[100, :101]
-        end = 96 if name == "estimate" else 101                     # its own block is not estimated
-        assert (shown[:end, 3] == 255).all() and (shown[end:, 3] == 0).all()
-        assert (shown[:end, :3] == np.array(notes["palette"])[wanted[:end]]).all()
-    lightness = np.array(notes["palette"]) @ (0.2126, 0.7152, 0.0722)
-    assert (np.diff(lightness) <= 0.5).all() and lightness[0] - lightness[-1] > 200
+    missed, blocks, keys = head_of(page, 0, 0, T)
+    inside = np.repeat(np.array(kinds(100, blocks)) != "missed", 8)[:101]
+    bytes_used = np.where(inside, keys[100, :101], 0)
+    dense = np.where(inside, bytes_used * (1 - shares(missed[100])) ** (1 / 3), keys[100, :101])
+    wanted = dict(estimate=np.append(np.repeat(2 * (blocks[100, :12] & 127), 8), 5 * [0]),
+                  select=255 * inside, attend=bytes_used, dense=np.floor(dense + 0.5))
+    for name, row in zip(wanted, notes["alphas"]):
+        assert row[:101] == wanted[name].tolist() and not any(row[101:]), name
+    assert 0.2 < notes["glance"] < 0.6
 
 
-def test_a_browser_chooses_heads_and_tokens(notes, written):
+def test_a_browser_shows_the_steps_of_a_token(notes, written):
     _, idx, page = written
-    head, T = data_of(page)["layers"]["1"][3], idx.shape[1]
-    used = shades(head["used"], T)[90]
-    assert all(notes["changed"]) and notes["hovered"] == [90] and notes["lit"] == used.nonzero()[0].tolist()
-    assert notes["dense"] == shades(head["dense"], T)[90].nonzero()[0].tolist() != notes["lit"]
-    assert f"uses {head['keys'][90]} of 91 keys" in notes["said"]
-    assert f"({used.argmax()}) {100 * (used.max() / 255) ** 3:.0f}" in notes["said"]
-    keys, kept = head["keys"], [100 * share for share in head["kept"]]
-    assert notes["figures"][3:6] == [f"{np.mean(keys):.3g}", "128.5", f"{np.mean(kept):.0f}\u00a0%"]
-    assert notes["figures"][6:] == [str(keys[90]), "91", f"{kept[90]:.0f}\u00a0%"]
+    missed, blocks, keys = head_of(page, 1, 3, idx.shape[1])
+    ends = [i for i in range(256) if i % 16 not in (7, 8)]           # the characters' last tokens
+    found = kinds(90, blocks)
+    assert all(notes["changed"]) and notes["hovered"] == [90]
+    assert notes["kinds"] == [found[i // 8] if i <= 90 else "later" for i in ends]
+    assert {"first", "before", "own", "chosen", "missed"} <= set(notes["kinds"])
+    wanted = [max(keys[90, i - 2 if i % 16 == 9 else i:i + 1]) / 255 for i in ends]
+    assert np.allclose(notes["bars"], wanted)
+    mass = (blocks[90, :11] & 127) / 127
+    assert np.allclose(notes["masses"], [mass[i // 8] if i < 88 else 0 for i in ends])
+    marked = [kind for kind in found if kind != "missed"]
+    assert [label.split()[0] for label in notes["labels"] if label[0].isalpha()] == [
+        "first", "before", "own"]
+    assert len(notes["labels"]) == len(marked)
+    count = 8 * (len(marked) - 1) + 90 % 8 + 1
+    assert "chooses 2 of 11 earlier blocks; with those always taken" in notes["said"]
+    assert f"it uses {count} of 91 keys" in notes["said"]
+    assert f"SEA missed {100 * shares(missed[90]):.0f}\u00a0% of its dense" in notes["said"]
+    assert f"; {100 * shares(missed).mean():.0f}\u00a0% on average" in notes["said"]
+    inside = np.repeat(np.array(found) != "missed", 8)[:91]
+    for row in (keys[90, :91] * inside, keys[90, :91] * ~inside):    # the largest of each colour
+        assert f"({row.argmax()}) {100 * shares(row.max()):.0f}\u00a0%" in notes["said"]
+
+
+def test_a_browser_names_pairs_and_shares_what_is_shown(notes, written):
+    _, blocks, _ = head_of(written[2], 1, 3, 256)
     assert notes["held"] == [[60], [60]] and notes["free"] == [[60], [70]]
+    assert notes["pair"] == [[90], [41]]                             # 40 and 41 are one character
+    assert re.match(r"Query .*\(90\), key .*\(40\): in block 5, ", notes["named"])
+    assert kinds(90, blocks)[5] in notes["named"] and "not seen" in notes["unseen"]
+    assert notes["hash"] == ["#layer=1&head=3&token=90", "#layer=2&head=1&token=90"]
+    assert notes["clicked"] == ["2", "1"]
+    assert notes["shared"] == ["3", "0", [5], "Layer 3, head 0. Token \u201cPA"]
 
 
 def test_a_browser_works_from_the_keyboard_and_on_a_phone(notes):
-    assert notes["walk"] == [[71], [70], [69], [0], [0], [255], [255]]
-    assert notes["outline"] == "solid" and notes["labels"] == [1, 1, 1] and notes["too_wide"] <= 0
+    assert notes["walk"] == [[73], [70], [69], [0], [0], [255], [255]]
+    assert notes["outline"] == "solid" and notes["select_labels"] == [1, 1]
+    assert notes["too_wide"] <= 0
