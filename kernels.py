@@ -2,9 +2,10 @@
 SEA in Triton: sea_attention and attend, with the names, signatures and results of sea.py.
 
     moments    a program for a coarse block: mean and half variance of its blocks and of itself
-    choose     one for some queries: the n best blocks of each. It runs twice: over all coarse
-               blocks, then over the blocks inside those
-    attend     one for 16 queries: exact attention to the blocks that any of them chose
+    choose     a program for 64 queries over all coarse blocks, then, for 16 over the blocks inside
+               the best of those: the n best of each query. Where there are few, at once over all
+    attend     a program for 16 queries reads the blocks that any of them chose; each query attends
+               to its own choice and its own block
 
 What neighbouring queries choose is written as one list of blocks, each with a bit for every query
 that chose it. Nothing T x W is stored, and only speed depends on how many queries share a list.
@@ -33,11 +34,12 @@ ATTENDING = 16      # queries of one that attends, which share a list of blocks
 class Lists(NamedTuple):
     """The blocks that each of G tiles of neighbouring queries chose, in ascending order.
 
-    Bit m of bits[i] - bits[i - 1] is set where the tile's query m chose blocks[i].
+    Bit m of sums[i] - sums[i - 1] (0 before the first) is set where query m of the tile chose
+    blocks[i]: running sums of bits are what `join` gets by one cumsum.
     """
     blocks: Tensor      # (B, H, G, room) int32
-    bits: Tensor        # (B, H, G, room) int32
-    count: Tensor       # (B, H, G) int32: what lies behind so many entries is not defined
+    sums: Tensor        # (B, H, G, room) int32
+    count: Tensor       # (B, H, G) int32: entries of the list; the rest is undefined
 
 
 # --------------------------------------------------------------------------------------------------
@@ -79,13 +81,13 @@ def strided(x):
 
 
 @triton.jit
-def entries(lists, base, count, entry, own):
-    """Blocks of a list and their bits; behind it come those of the queries, from own on."""
+def entries(lists, base, count, entry, first_own):
+    """Blocks of a list and their bits; from `count` on stand the own blocks, without bits."""
     real = entry < count
     block = tl.load(lists[0] + base + entry, mask=real, other=0)
     bits = tl.load(lists[1] + base + entry, mask=real, other=0)
     before = tl.load(lists[1] + base + entry - 1, mask=real & (entry > 0), other=0)
-    return tl.where(real, block, own + entry - count), bits - before
+    return tl.where(real, block, first_own + entry - count), bits - before
 
 
 def listed(lists):
@@ -146,6 +148,7 @@ def moments(k, block_size, coarse):
 # --------------------------------------------------------------------------------------------------
 # Choose
 #
+#   a rival of a query is a block that it may choose: 0 < block < own - 1
 #   columns are all blocks or, in the second look, the blocks inside the coarse ones of a list
 #   for each C columns:
 #       x = scores as integers of the same order, LOWEST where a block is no rival
@@ -155,8 +158,8 @@ def moments(k, block_size, coarse):
 #       for each C columns:  while the largest x of a query beats the least of the n it keeps, swap
 #   join the n of each query, block 0 and the one before to a list for each tile
 #
-# Equal scores go to the lower block, and those count as equal that differ in the lowest log2(grain)
-# bits of a float32 alone: they give way to the column's number, so that no two of a slot are equal.
+# The lowest log2(grain) bits of a score are replaced by a number of its column: scores that differ
+# only there count as equal, and the lower block wins.
 
 @triton.jit
 def columns_of(look, column, Z: tl.constexpr):
@@ -235,7 +238,7 @@ def join(block, real, out, first_tile, M: tl.constexpr, N: tl.constexpr, TILE: t
 @triton.jit
 def by_stacks(look, columns, inner, n, grain, M: tl.constexpr, N: tl.constexpr, C: tl.constexpr,
               DEPTH: tl.constexpr, D: tl.constexpr, Z: tl.constexpr):
-    """The columns of the n largest (M, N), else -1; and is it sure that none was lost?"""
+    """Columns of the n largest (M, N), -1 if there are fewer, and whether no slot has lost one."""
     c = tl.arange(0, C)
     stack = (tl.full([M, C], LOWEST, tl.int32),) * DEPTH
     for start in range(0, columns, C):
@@ -257,7 +260,7 @@ def by_stacks(look, columns, inner, n, grain, M: tl.constexpr, N: tl.constexpr, 
 @triton.jit
 def by_insertion(look, columns, n, grain, M: tl.constexpr, N: tl.constexpr, C: tl.constexpr,
                  D: tl.constexpr, Z: tl.constexpr):
-    """The same, surely, and slower."""
+    """Columns of the n largest (M, N), -1 if there are fewer: always right, but slower."""
     c = tl.arange(0, C)
     place = tl.arange(0, N)[None, :]
     kept = tl.zeros([M, N], tl.int32) + tl.where(place < n, LOWEST, HIGHEST)
@@ -297,7 +300,7 @@ def choose_kernel(q, moments, near, out, scale, T, R, W, n, grain, H, HKV, D: tl
         base = 0
         count = 0
         columns = tl.max(own) - 1                                   # no rivals from here on
-        inner = tl.min(own) - 1                                     # none but rivals before
+        inner = tl.min(own) - 1                                     # no mask from 1 to here
     else:
         program = tl.program_id(1) * near[3] + g
         base = program.to(tl.int64) * near[4]
@@ -329,8 +332,8 @@ def choose_kernel(q, moments, near, out, scale, T, R, W, n, grain, H, HKV, D: tl
 def choose(q, moments, T, block_size, n, scale, rows, tile, near=None, coarse=1):
     """Block 0, the block before and the n best of each query, of all or of those inside `near`.
 
-    q (B, H, R, D), the last R of T; moments (B, Hkv, W, 2D) of blocks of block_size keys; rows:
-    queries of a program, and of a list of `near` -> Lists of `tile` queries, without own blocks.
+    q (B, H, R, D), the last R of T; moments (B, Hkv, W, 2D) of blocks of block_size keys -> Lists,
+    each of `tile` queries, without own blocks. rows: queries of a program, and of a list of `near`.
     """
     B, H, R, D = q.shape
     n = min(n, triton.cdiv(T, block_size))
@@ -341,9 +344,9 @@ def choose(q, moments, T, block_size, n, scale, rows, tile, near=None, coarse=1)
                   q.new_empty(B, H, tiles, room, dtype=torch.int32),
                   q.new_empty(B, H, tiles, dtype=torch.int32))
     slots = 32 if rows == LOOKING else 16
-    columns = triton.cdiv(T, block_size) + rows + 2 * coarse        # some coarse blocks come twice
+    columns = triton.cdiv(T, block_size) + rows + 2 * coarse        # listed, and own of others
     grain = max(32, triton.next_power_of_2(triton.cdiv(columns, slots)))
-    depth = 5 if n <= 8 else 7 if n <= 16 else 9 if n <= 32 else 0  # few tiles have to be redone
+    depth = 5 if n <= 8 else 7 if n <= 16 else 9 if n <= 32 else 0  # insertion is rare then
     choose_kernel[programs, B * H](
         strided(q), strided(moments), near and listed(near), listed(lists), scale, T, R,
         moments.shape[2], n, grain, H, moments.shape[1], D=D, S=block_size, Z=coarse,
@@ -355,25 +358,25 @@ def choose(q, moments, T, block_size, n, scale, rows, tile, near=None, coarse=1)
 # --------------------------------------------------------------------------------------------------
 # Attend
 #
-#   for SLOTS keys at a time of the blocks in the tile's list:
+#   for KEYS keys at a time of the blocks in the tile's list, and then of the own blocks:
 #       scores, masked by each block's bits and by the future
 #       online softmax: new maximum m_i, rescale l_i and acc, add
-#   out = acc / l_i;  lse = m_i + log l_i
+#   out = acc / l_i;  lse = m_i + log2 l_i  (scores are in base 2)
 #
-# backward, with p = exp(score - lse) and delta = sum_d dout out:
-#   dv += p^T dout        dscore = p (dout v^T - delta)        dq = dscore k        dk += dscore^T q
+# backward, with p = exp2(score - lse) and delta = sum_d dout out:
+#   dv += p^T dout     dscore = scale p (dout v^T - delta)     dq = dscore k     dk += dscore^T q
 #
 # A key's gradient comes from every tile that chose it. float32 atomics add them up, so that dk and
 # dv vary in the last bits from run to run.
 
 @triton.jit
-def slots(lists, tile, count, s, row, own, owns, T,
-          S: tl.constexpr, M: tl.constexpr, SLOTS: tl.constexpr):
-    """Slots from s on of a list: their keys, which are real, which query attends to which."""
-    slot = s + tl.arange(0, SLOTS)
-    entry = slot // S
+def keys_of(lists, tile, count, start, row, own, owns, T,
+            S: tl.constexpr, M: tl.constexpr, KEYS: tl.constexpr):
+    """KEYS keys of a list, which of them are real, and which query attends to which (M, KEYS)."""
+    i = start + tl.arange(0, KEYS)
+    entry = i // S
     block, bits = entries(lists, tile.to(tl.int64) * lists[4], count, entry, own)
-    key = block * S + slot % S
+    key = block * S + i % S
     real = (entry < count + owns) & (key < T)
     chosen = (bits[None, :] >> tl.arange(0, M)[:, None] & 1) != 0
     lies_in = (entry >= count)[None, :] & (block[None, :] == (row // S)[:, None])
@@ -382,7 +385,7 @@ def slots(lists, tile, count, s, row, own, owns, T,
 
 @triton.jit
 def attend_kernel(q, k, v, out, lse, lists, scale, T, R, H, HKV,
-                  D: tl.constexpr, S: tl.constexpr, M: tl.constexpr, SLOTS: tl.constexpr):
+                  D: tl.constexpr, S: tl.constexpr, M: tl.constexpr, KEYS: tl.constexpr):
     g = tl.num_programs(0) - 1 - tl.program_id(0)
     b = tl.program_id(1) // H
     h = tl.program_id(1) % H
@@ -397,11 +400,11 @@ def attend_kernel(q, k, v, out, lse, lists, scale, T, R, H, HKV,
     m_i = tl.full([M], -1e30, tl.float32)                           # some see no key at first
     l_i = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, padded(D)], tl.float32)
-    for s in range(0, (count + owns) * S, SLOTS):
-        key, real, mine = slots(lists, tile, count, s, T - R + row, own, owns, T, S, M, SLOTS)
-        k_tile = load(k, b, kv, key, real, D)                       # (SLOTS, D)
+    for start in range(0, (count + owns) * S, KEYS):
+        key, real, mine = keys_of(lists, tile, count, start, T - R + row, own, owns, T, S, M, KEYS)
+        k_tile = load(k, b, kv, key, real, D)                       # (KEYS, D)
         v_tile = load(v, b, kv, key, real, D)
-        scores = dot(q_tile, tl.trans(k_tile)) * (scale * LOG2E)    # (M, SLOTS)
+        scores = dot(q_tile, tl.trans(k_tile)) * (scale * LOG2E)    # (M, KEYS)
         scores = tl.where(mine, scores, -1e30)
         m_new = tl.maximum(m_i, tl.max(scores, 1))
         p = tl.where(mine, tl.exp2(scores - m_new[:, None]), 0)
@@ -417,7 +420,7 @@ def attend_kernel(q, k, v, out, lse, lists, scale, T, R, H, HKV,
 
 @triton.jit
 def attend_backward_kernel(q, k, v, out, lse, dout, dq, dk, dv, lists, scale, T, R, H, HKV,
-                           D: tl.constexpr, S: tl.constexpr, M: tl.constexpr, SLOTS: tl.constexpr):
+                           D: tl.constexpr, S: tl.constexpr, M: tl.constexpr, KEYS: tl.constexpr):
     g = tl.num_programs(0) - 1 - tl.program_id(0)
     b = tl.program_id(1) // H
     h = tl.program_id(1) % H
@@ -433,11 +436,11 @@ def attend_backward_kernel(q, k, v, out, lse, dout, dq, dk, dv, lists, scale, T,
     delta = tl.sum(dout_tile.to(tl.float32) * load(out, b, h, row, row < R, D).to(tl.float32), 1)
 
     acc = tl.zeros([M, padded(D)], tl.float32)
-    for s in range(0, (count + owns) * S, SLOTS):
-        key, real, mine = slots(lists, tile, count, s, T - R + row, own, owns, T, S, M, SLOTS)
-        k_tile = load(k, b, kv, key, real, D)                       # (SLOTS, D)
+    for start in range(0, (count + owns) * S, KEYS):
+        key, real, mine = keys_of(lists, tile, count, start, T - R + row, own, owns, T, S, M, KEYS)
+        k_tile = load(k, b, kv, key, real, D)                       # (KEYS, D)
         v_tile = load(v, b, kv, key, real, D)
-        scores = dot(q_tile, tl.trans(k_tile)) * (scale * LOG2E)    # (M, SLOTS)
+        scores = dot(q_tile, tl.trans(k_tile)) * (scale * LOG2E)    # (M, KEYS)
         p = tl.where(mine & (row < R)[:, None], tl.exp2(scores - lse_tile[:, None]), 0)
         address, column = addresses(dv, b, kv, key, D)
         dv_tile = dot(tl.trans(p.to(dout_tile.dtype)), dout_tile)
@@ -458,7 +461,7 @@ class Attend(torch.autograd.Function):
         B, H, R, D = q.shape
         ctx.grid = triton.cdiv(R, ATTENDING), B * H
         ctx.sizes = scale, k.shape[2], R, H, k.shape[1]
-        ctx.tiles = dict(D=D, S=block_size, M=ATTENDING, SLOTS=32, num_warps=1)
+        ctx.tiles = dict(D=D, S=block_size, M=ATTENDING, KEYS=32, num_warps=1)
         ctx.lists = listed(lists)
         out = torch.empty_like(q)
         lse = q.new_empty(B, H, R, dtype=torch.float32)
@@ -481,10 +484,13 @@ class Attend(torch.autograd.Function):
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
 
 
-def packed(chosen):
-    """chosen (B, H, R, W) bool -> Lists."""
+def packed(chosen, T, block_size):
+    """chosen (B, H, R, W) bool, of complete blocks before the own one -> Lists."""
     R, W = chosen.shape[2:]
-    tiles = torch.nn.functional.pad(chosen, (0, 0, 0, -R % ATTENDING)).unflatten(2, (-1, ATTENDING))
+    row = torch.arange(T - R, T, device=chosen.device)
+    past = torch.arange(W, device=chosen.device) < (row // block_size)[:, None]
+    tiles = torch.nn.functional.pad(chosen & past, (0, 0, 0, -R % ATTENDING))
+    tiles = tiles.unflatten(2, (-1, ATTENDING))                     # (B, H, G, ATTENDING, W)
     bit = 1 << torch.arange(ATTENDING, device=chosen.device)
     bits = (tiles * bit[:, None]).sum(3, dtype=torch.int32)         # (B, H, G, W)
     used = bits != 0
@@ -505,6 +511,8 @@ def checked(q, k, v):
             raise ValueError(f"{name} is on {x.device}; the kernels need all on one CUDA device")
         if x.dtype != q.dtype or x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
             raise ValueError(f"{name} is {x.dtype}; q, k, v must be bfloat16, float16 or float32")
+    if v.shape != k.shape or q.shape[1] % k.shape[1] or q.shape[2] > k.shape[2]:
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit")
     if q.shape[3] % 8 or not 8 <= q.shape[3] <= 128:
         raise ValueError(f"the width of a head is {q.shape[3]}, not a multiple of 8 up to 128; "
                          "sea.use_kernels(False) takes any")
@@ -515,7 +523,7 @@ def checked(q, k, v):
 def attend(q, k, v, chosen, block_size):
     """sea.attend: exact attention to the chosen blocks and, up to the query itself, to its own."""
     q, k, v = checked(q, k, v)
-    return Attend.apply(q, k, v, 1.0, block_size, packed(chosen))
+    return Attend.apply(q, k, v, 1.0, block_size, packed(chosen, k.shape[2], block_size))
 
 
 @torch.compiler.disable

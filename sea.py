@@ -5,13 +5,16 @@ SEA: sparse linear attention with an estimated attention mask (ICLR 2024, arXiv 
     select     for each query and head the blocks with the most estimated mass
     attend     exact softmax attention, to the keys of those blocks alone
 
-B batch, H query heads, Hkv key heads (H is a multiple of Hkv), T tokens, D head width; R queries,
-which are the last of the T tokens. S is the block size: block c holds keys cS .. cS + S - 1. W = T // S
-are complete, and query t lies in block t // S, its own. No step has a parameter, but for the
-paper's estimator at the end.
+The paper learns its estimate with a small network (PaperEstimator, at the end). Here it is
+computed, without parameters, from the mean and the variance of each block's keys.
 
-This is plain PyTorch. kernels.py has sea_attention and attend once more, in Triton, with the same
-names, signatures and results.
+B batch, H query heads, Hkv key heads (H is a multiple of Hkv), T tokens, D head width. The R
+queries are the last R tokens. Block c holds the S keys from cS on; there are W = T // S complete
+blocks, and query t lies in block t // S, its own.
+
+This file is the definition, in plain PyTorch: it computes every score and masks what is not
+chosen, so it is no faster than dense attention. kernels.py has sea_attention and attend once more,
+in Triton, with the same names, signatures and results, and skips that work.
 """
 import importlib.util
 
@@ -26,7 +29,7 @@ else:
 
 backend = "triton" if kernels and torch.cuda.is_available() else "torch"
 
-ROWS = 256    # queries that go through at a time: what bounds the memory of this file
+ROWS = 256    # queries handled at a time, which bounds the memory of inference
 
 
 def use_kernels(on):
@@ -62,21 +65,23 @@ def sea_attention(q, k, v, block_size=8, keys_per_query=48, coarse=8, scale=None
 
 @torch.no_grad()
 def look_twice(q, k, block_size, keys_per_query, coarse):
-    """Choose coarse blocks, then blocks inside those.
+    """Choose coarse blocks, then blocks inside those: in all much less to score than every block.
 
-    q (B, H, R, D), scaled, k (B, Hkv, T, D) -> (B, H, R, W) bool.
+    A query scores T / (S coarse) coarse blocks, then as many blocks as fill those that it kept, a
+    number that does not grow with T. q (B, H, R, D), scaled, k (B, Hkv, T, D) -> (B, H, R, W) bool.
     """
     R, T = q.shape[2], k.shape[2]
     first_row = T - R
     wide = block_size * coarse                                      # keys in a coarse block
     n = max(1, keys_per_query // block_size)
-    # Some more than n blocks could fill; and enough that a budget of T keys covers all of T.
+    # Several times what n blocks fill, since the best ones are scattered: one coarse block for each
+    # 16 keys of the budget; for each `wide` keys if that is less, so that a budget of T keeps all.
     n_wide = max(8, keys_per_query // min(16, wide))
 
     scores = block_scores(q, moments(k, block_size), block_size, first_row)      # (B, H, R, W)
 
-    # First look: the coarse blocks that are worth a closer one, and the one that the query lies in,
-    # which may be incomplete: it is the reason for one more column. Of a few all would be kept.
+    # First look: the coarse blocks that are worth a closer one, and the own one, which may be
+    # incomplete, hence the extra column. If there are few, all would be kept: skip the look.
     if T // wide > n_wide + 2:
         wide_scores = block_scores(q, moments(k, wide), wide, first_row)         # (B, H, R, T/wide)
         near = F.pad(select(wide_scores, wide, n_wide, first_row), (0, 1))
@@ -103,11 +108,11 @@ def moments(k, block_size):
 
 
 def block_scores(q, block_moments, block_size, first_row=0):
-    """Log of the estimated mass of each block, but for a constant of the row.
+    """Log of the estimated mass of each block, up to a constant of the row.
 
-    For the keys k of a block, log mean exp(q.k) = q.mean + var(q.k) / 2 + ..., its cumulants. With
-    a diagonal covariance that is (q, q*q) . (mean, variance / 2): a linear attention, whose sums of
-    features of the keys are known before any query is, read out as a logarithm.
+    For the keys k of a block, log mean exp(q.k) = q.mean + var(q.k) / 2 + ..., the cumulants (exact
+    if they are normal). With a diagonal covariance it is (q, q*q) . (mean, variance / 2): features
+    of q times features of the keys, summed before any query is known, as in linear attention.
 
     q (B, H, R, D), scaled, holds rows first_row .. of T; block_moments (B, Hkv, W, 2D)
     -> (B, H, R, W), -inf from the query's own block on.
@@ -124,8 +129,9 @@ def block_scores(q, block_moments, block_size, first_row=0):
 def select(scores, block_size, n, first_row=0):
     """Block 0, the block before the own one, and beside these the n with the largest scores.
 
-    scores (B, H, R, W), -inf for what is not to be chosen -> (B, H, R, W) bool. Of equal scores the
-    lower block is taken, NaN before all numbers; all blocks where there are fewer.
+    scores (B, H, R, W) must be -inf from the own block on; another that is -inf is taken only if it
+    is one of the first two -> (B, H, R, W) bool. Of equal scores the lower block wins, NaN is above
+    all numbers; all are taken if fewer than n remain.
     """
     R, W = scores.shape[2:]
     block = torch.arange(W, device=scores.device)
@@ -142,7 +148,8 @@ def select(scores, block_size, n, first_row=0):
 def attend(q, k, v, chosen, block_size):
     """Exact softmax attention to the chosen blocks and, up to the query itself, to its own block.
 
-    q (B, H, R, D), scaled, k and v (B, Hkv, T, D), chosen (B, H, R, W) bool -> (B, H, R, D).
+    q (B, H, R, D), scaled, k and v (B, Hkv, T, D), chosen (B, H, R, W) bool, complete blocks before
+    the own one -> (B, H, R, D).
     """
     if q.is_cuda and backend == "triton":
         return kernels.attend(q, k, v, chosen, block_size)
@@ -176,7 +183,7 @@ def check(q, k, v, block_size, keys_per_query, coarse=1):
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(shapes + "the heads of q must be a multiple of those of k")
     if not 1 <= q.shape[2] <= k.shape[2]:
-        raise ValueError(shapes + "the rows of q are the last ones of k's, one at least")
+        raise ValueError(shapes + "q must have 1 to T rows, the last ones of k's")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q is {q.dtype}, k {k.dtype}, v {v.dtype}; they must be of one type")
     settings = dict(block_size=block_size, keys_per_query=keys_per_query, coarse=coarse)
@@ -225,14 +232,15 @@ def kernel_attention(q, k, v, omega, chunk=64):
     def chunks(x):
         return F.pad(x.float(), (0, 0, 0, -T % chunk)).unflatten(2, (-1, chunk))
 
-    phi_q = F.relu(chunks(q) @ omega) + 1e-3                                     # (B, H, N, L, F)
-    phi_k = F.relu(chunks(k) @ omega) + 1e-3
-    v = F.pad(chunks(v), (0, 1), value=1.0)                         # the ones add up to the total
+    with torch.autocast(q.device.type, enabled=False):              # sums of many need all digits
+        phi_q = F.relu(chunks(q) @ omega) + 1e-3                                 # (B, H, N, L, F)
+        phi_k = F.relu(chunks(k) @ omega) + 1e-3
+        v = F.pad(chunks(v), (0, 1), value=1.0)                     # the ones give the denominator
 
-    sums = phi_k.mT @ v                                                          # (B, H, N, F, E+1)
-    before = F.pad(sums[:, :, :-1].cumsum(2), (0, 0, 0, 0, 1, 0))                # of earlier chunks
-    inside = (phi_q @ phi_k.mT).tril()                                           # (B, H, N, L, L)
-    out = (phi_q @ before + inside @ v).flatten(2, 3)[:, :, :T]                  # (B, H, T, E+1)
+        sums = phi_k.mT @ v                                                      # (B, H, N, F, E+1)
+        before = F.pad(sums[:, :, :-1].cumsum(2), (0, 0, 0, 0, 1, 0))            # of earlier chunks
+        inside = (phi_q @ phi_k.mT).tril()                                       # (B, H, N, L, L)
+        out = (phi_q @ before + inside @ v).flatten(2, 3)[:, :, :T]              # (B, H, T, E+1)
     return out[..., :-1] / out[..., -1:]
 
 
@@ -250,10 +258,10 @@ def sinusoids(T, D, device=None):
 
 
 def block_mass(q, k, block_size, first_row=0):
-    """What the estimate learns: the attention's mass in each past block, as shares of their sum.
+    """The target of PaperEstimator: dense attention's mass in each past block, shares of their sum.
 
     q (B, H, R, D), scaled, rows first_row .. of T, k (B, Hkv, T, D) -> (B, H, R, W), zeros where
-    there is no complete past block. It is the one quadratic step.
+    there is no complete past block. It needs all T x T scores.
     """
     W = k.shape[2] // block_size
     k = k[:, :, :W * block_size].repeat_interleave(q.shape[1] // k.shape[1], 1)
@@ -271,6 +279,9 @@ def block_kl(target, scores):
 
 class PaperEstimator(nn.Module):
     """Attention by the paper's estimate: kernel attention -> MLP -> CNN -> picture (its figure 2).
+
+    Row t of the picture is the attention of query t, whose past is squeezed into `width` columns.
+    It learns by its distance to the teacher's block_mass alone, as choosing has no gradient.
 
     forward: q (B, H, T, D), scaled, k and v (B, Hkv, T, D) -> (B, H, T, D), and the distance of the
     estimate from the attention of teacher = (q, k): nats, a mean over all rows; None without one.
@@ -313,10 +324,10 @@ class PaperEstimator(nn.Module):
                 target = block_mass(teacher_q[:, :, rows], teacher_k[:, :, past], block_size, start)
                 distances.append(block_kl(target, scores))                       # (B, H, r)
 
-        # Two gates: how much of the sparse attention, and how much of v's running mean instead.
-        keep, share = gates.to(v.dtype).split(1, -1)                             # (B, H, T, 1)
+        # Two gates: mix gain * attention with the running mean of v.
+        gain, mix = gates.to(v.dtype).split(1, -1)                               # (B, H, T, 1)
         mean = v.float().cumsum(2) / torch.arange(1, T + 1, device=v.device)[:, None]
-        out = share * keep * torch.cat(out, 2) + (1 - share) * mean.to(v.dtype)
+        out = mix * gain * torch.cat(out, 2) + (1 - mix) * mean.to(v.dtype)
         return out, torch.cat(distances, 2).mean() if distances else None
 
     def draw(self, q, k, v):
@@ -335,7 +346,7 @@ class PaperEstimator(nn.Module):
         return self.norm_out(x), self.gates(code).sigmoid()
 
     def read(self, picture, first_row, block_size):
-        """Scores (B, H, r, W) of blocks, from the column that the middle of each falls in."""
+        """Scores (B, H, r, W) of blocks, each by the column that its middle falls in."""
         r = picture.shape[2]
         row = first_row + torch.arange(r, device=picture.device)[:, None]        # (r, 1)
         block = torch.arange((first_row + r) // block_size, device=picture.device)

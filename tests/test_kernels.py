@@ -105,7 +105,7 @@ def dense(lists, R, W, tile):
     block = torch.where(live, lists.blocks, W + R).long()
     assert (block.diff(dim=-1)[live[..., 1:]] > 0).all(), "the blocks of a list do not ascend"
     bits = torch.zeros(*lists.count.shape, W + R + 1, dtype=torch.int64, device=DEVICE)
-    bits.scatter_(-1, block, torch.where(live, lists.bits.diff(dim=-1, prepend=torch.zeros_like(lists.bits[..., :1])).long(), 0))
+    bits.scatter_(-1, block, torch.where(live, lists.sums.diff(dim=-1, prepend=torch.zeros_like(lists.sums[..., :1])).long(), 0))
     queries = bits[..., None, :] >> torch.arange(tile, device=DEVICE)[:, None] & 1        # (B, H, G, tile, ...)
     return queries.bool().flatten(2, 3)[:, :, :R, :W].cpu()
 

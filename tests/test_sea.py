@@ -351,8 +351,8 @@ def test_attend_to_chosen_keys(T=30, S=4):
     ((1, 4, 9, 16), (1, 3, 9, 16), (1, 3, 9, 16), "heads of q"),
     ((1, 2, 9, 16), (1, 4, 9, 16), (1, 4, 9, 16), "heads of q"),
     ((1, 2, 9, 16), (1, 0, 9, 16), (1, 0, 9, 16), "heads of q"),
-    ((1, 4, 10, 16), (1, 4, 9, 16), (1, 4, 9, 16), "rows of q"),
-    ((1, 4, 0, 16), (1, 4, 9, 16), (1, 4, 9, 16), "rows of q")])
+    ((1, 4, 10, 16), (1, 4, 9, 16), (1, 4, 9, 16), "1 to T rows"),
+    ((1, 4, 0, 16), (1, 4, 9, 16), (1, 4, 9, 16), "1 to T rows")])
 def test_a_wrong_shape_is_named(q, k, v, message):
     with pytest.raises(ValueError, match=message):
         sea.sea_attention(torch.randn(q), torch.randn(k), torch.randn(v))
