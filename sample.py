@@ -159,10 +159,9 @@ def write_page(model, enc, idx, path, layers):
     data = json.dumps(data).replace("<", "\\u003c")              # no text can end the page's script
     page = TEMPLATE.read_text(encoding="utf-8").replace("PAGE_DATA", data).encode()
     write_whole(path, page)
-    names = " ".join(map(str, layers))
-    if len(layers) < len(heads):
-        names += f" of 0 to {len(heads) - 1}; --layers chooses others"
-    print(f"{path}: {len(tokens)} tokens, {len(page) / 1e6:.2f} MB, layers {names}")
+    size = f"{len(tokens)} tokens, {len(page) / 1e6:.2f} MB"
+    others = f"of 0 to {c.n_layer - 1}; --layers chooses others" if len(layers) < c.n_layer else ""
+    print(f"{path}: {size}, layers", *layers, others)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -199,11 +198,9 @@ def main():
     model, enc = load(args)
     prompt = [enc.bos] if hasattr(enc, "bos") else []                  # OPT's texts begin with </s>
     prompt += enc.encode_ordinary(args.prompt or "\n")
-    context = model.config.context
-    if len(prompt) > context:
-        fail(f"the prompt has {len(prompt)} tokens, the model's context {context}; shorten it")
-    if len(prompt) > MOST_TOKENS and args.page:
-        fail(f"the prompt has {len(prompt)} tokens, a page at most {MOST_TOKENS}; shorten it")
+    most = min(model.config.context, MOST_TOKENS if args.page else model.config.context)
+    if len(prompt) > most:
+        fail(f"the prompt has {len(prompt)} tokens, {most} are the most that fit here; shorten it")
     idx = torch.tensor([prompt], device=args.device)
     if args.page:
         write_page(model, enc, idx, args.page, args.layers)

@@ -1,4 +1,13 @@
-"""The page of sample.py --page: it holds the model's pictures, bears any text and works in a browser."""
+r"""The page of sample.py --page: its numbers are SEA's, it bears any text and works in a browser.
+
+README's picture, assets/page.png, is made by
+
+    python sample.py --checkpoint data/smollm2 --attention sea --keys-per-query 24 \
+        --prompt "$(head -c 469 LICENSE)" --page page.html
+    chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --virtual-time-budget=9000 \
+        --window-size=1000,1830 --screenshot=assets/page.png \
+        "file://$PWD/page.html#layer=16&head=7&token=104"
+"""
 import base64
 import json
 import os
@@ -22,7 +31,8 @@ from sea import estimated_attention
 ODD = [b"</script>", b"<!--", b"<script>", b" <b>", b"&amp;\"'\\", b"PAGE_DATA", "\u00e9".encode(),
        b"\xf0\x9f", b"\x98", b"\n", b"\tif", b" x:\x01", "\u2028".encode(), "\U0001f600".encode(),
        b" ", b"end"]
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = (shutil.which("chromium") or shutil.which("chromium-browser")
+            or shutil.which("google-chrome"))
 
 
 def small_model(**more):
