@@ -12,7 +12,6 @@ attention is replaced, and it learns to match what the teacher computes.
 --resume, torchrun, Ctrl-C and mistakes are as train.py says.
 """
 import argparse
-import math
 import sys
 import time
 from pathlib import Path
@@ -25,7 +24,8 @@ import sea
 from data import common, engine
 from data.common import Parser, fail, number, one_line
 from model import ATTENTIONS
-from train import CLIP, LOG_STEPS, add_preset, add_running, complete, evaluate, learning_rate
+from train import (CLIP, LOG_STEPS, add_preset, add_running, complete, evaluate, learning_rate,
+                   perplexity)
 
 PRESETS = {       # of teachers that train.py made, and of published ones
     "checkpoint": {"cuda": dict(steps=600, batch_size=8, lr=3e-4, context=0, eval_windows=400),
@@ -143,7 +143,7 @@ def describe(name, model, tokens, args, precision):
     idx = torch.from_numpy(tokens[:min(model.config.context, MOST_ROWS)].astype("int64"))[None]
     with precision:
         keys, mass = keys_and_mass(model.eval(), idx.to(args.device))
-    engine.say(f"{name}: loss {loss:.4f} ppl {math.exp(loss):.3f}"
+    engine.say(f"{name}: loss {loss:.4f} ppl {perplexity(loss):.3f}"
                + (f" keys_per_query {keys:.1f} mass_kept {mass:.3f}" if keys else ""))
     return loss, keys, mass
 
@@ -271,7 +271,7 @@ def main():
     if args.eval_only:
         loss, *_ = describe(f"{args.attention}", student, held_out, args, precision)
         engine.say(f"final: {args.eval_only}_loss {loss:.4f} "
-                   f"{args.eval_only}_ppl {math.exp(loss):.3f}")
+                   f"{args.eval_only}_ppl {perplexity(loss):.3f}")
         return
 
     lock = engine.own_folder(args)      # held until this process ends
@@ -302,8 +302,8 @@ def main():
     seconds = time.time() - begin
     name = f"{args.attention} student after"
     loss, keys, mass = describe(name, student, held_out, args, precision)
-    engine.say(f"final: val_loss {loss:.4f} val_ppl {math.exp(loss):.3f} "
-               f"ppl_before {math.exp(before):.3f} teacher_ppl {math.exp(start):.3f} "
+    engine.say(f"final: val_loss {loss:.4f} val_ppl {perplexity(loss):.3f} "
+               f"ppl_before {perplexity(before):.3f} teacher_ppl {perplexity(start):.3f} "
                + (f"keys_per_query {keys:.1f} mass_kept {mass:.3f} " if keys else "")
                + (f"attention_kl {losses['estimate']:.4f} " if args.attention == "paper" else "")
                + f"steps {args.steps} seconds {seconds:.0f} "

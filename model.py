@@ -10,7 +10,7 @@ Config.attention names the attention: sea, the paper's own estimator, or what bo
 with: dense, performer, window.
 """
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -46,6 +46,10 @@ class Config:
     num_features: int = 64       # of paper and performer: random features of their kernel attention
 
     def __post_init__(self):
+        for field in fields(self):           # a checkpoint may be damaged, too
+            value = getattr(self, field.name)
+            if not isinstance(value, (int, float) if field.type is float else field.type):
+                raise ValueError(f"{field.name} is {value!r}; it must be {field.type.__name__}")
         self.n_kv_head = self.n_kv_head or self.n_head
         if not self.n_ffn:       # SwiGLU has three matrices: as many weights as two of 4 n_embd
             llama = self.architecture == "llama"

@@ -208,6 +208,10 @@ def evaluate(model, data, batch_size, at_most, precision):
     return total / len(starts)
 
 
+def perplexity(loss):
+    return math.exp(loss) if loss < 700 else math.inf        # more is no float
+
+
 def open_log(path, done):
     """log.csv, with the rows up to step `done` of a run that goes on: those after it are made once
     more."""
@@ -319,7 +323,7 @@ def main():
         if stopped:
             stop.leave(path, step, args.steps)
 
-    engine.say(f"final: val_loss {val_loss:.4f} val_ppl {math.exp(val_loss):.3f} "
+    engine.say(f"final: val_loss {val_loss:.4f} val_ppl {perplexity(val_loss):.3f} "
                f"train_loss {losses[0]:.4f} "
                + (f"attention_kl {losses[1]:.4f} " if args.attention == "paper" else "")
                + f"steps {args.steps} seconds {time.time() - begin:.0f} "

@@ -1,6 +1,7 @@
 """What the data sets and scripts share: flags and their mistakes, tokenizers, files that are
 written whole, and the .bin files and meta.json of a data set."""
 import argparse
+import errno
 import hashlib
 import json
 import os
@@ -52,17 +53,19 @@ def any_output():
         sys.stdout.reconfigure(errors="replace")
     try:
         yield
+        print(end="", flush=True)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except BrokenPipeError:
-        pass
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            fail(f"cannot write ({first_line(error)}); see to the disk")
+        if error.errno not in (errno.EPIPE, errno.EIO):          # EIO: the terminal was closed
+            raise
     finally:
         try:
             print(end="", flush=True)
-        except OSError as error:                     # Python would try once more, and complain
+        except OSError:                              # Python would try once more, and complain
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            if not isinstance(error, BrokenPipeError):
-                fail(f"cannot print ({first_line(error)})")
 
 
 def number(kind, least, most=10 ** 9):

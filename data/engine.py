@@ -239,11 +239,10 @@ def model_of(config, weights, size):
         raise ValueError("its config claims more than it holds")
     with torch.device("meta"):
         model = Transformer(config)
-    weights = {name: x.float() for name, x in weights.items()}
     model.load_state_dict(weights, assign=True)
     if not all(x.isfinite().all() for x in weights.values()):
         raise ValueError("it holds weights that are no numbers")
-    return model
+    return model.float()
 
 
 def load_model(name, device):

@@ -1,7 +1,14 @@
-"""Bad input to the three scripts: one line that says what to do, exit status 2, and nothing is lost."""
+"""Bad input to the three scripts: one line that says what to do, exit status 2, and nothing is lost.
+
+    python tests/test_mistakes.py 2000     the random attack with so many inputs of each sort
+"""
 import argparse
+import json
+import os
 import pickle
 import random
+import shutil
+import struct
 import sys
 import zipfile
 from pathlib import Path
@@ -9,9 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data.common
 import distill
-from data import engine
+from data import engine, hub, smollm2
 import sample
 import train
 from model import Config, Transformer
@@ -22,6 +30,7 @@ LINES = {
     "distill": "--teacher dense.pt --data tiny --device cpu --batch-size 2 --steps 1 --eval-windows 1 --overwrite",
     "sample": "--checkpoint sea.pt --device cpu --max-new-tokens 1 --prompt def"}
 MODULES = dict(train=train, distill=distill, sample=sample)
+COUNT = 50        # inputs of the random attack, of each sort
 HUGE = str(10 ** 9), str(10 ** 30), "9" * 5000
 
 
@@ -264,14 +273,14 @@ VALUES = ["-1", "0", "1", "2", "3", "4", "7", "8", "32", "33", "1e-9", "1e9", "n
           "tiny", "", "é", "sea.pt", "dense.pt", "data", "--resume"]
 
 
-def test_random_combinations_end_in_0_or_in_one_line(run, folder, monkeypatch, count=100):
+def test_random_combinations_end_in_0_or_in_one_line(run, folder, monkeypatch):
     chance, ends = random.Random(1337), {0: 0, 2: 0}
     all_flags = {}
     for name in MODULES:
         with monkeypatch.context() as patch:
             all_flags[name] = sum(flags(name, patch).values(), [])
     monkeypatch.chdir(folder)
-    for _ in range(count):
+    for _ in range(2 * COUNT):
         name = chance.choice(list(MODULES))
         drawn = [(chance.choice(all_flags[name]), chance.choice(VALUES)) for _ in range(chance.randint(1, 3))]
         more = [f"{flag}={value}" for flag, value in drawn]
@@ -283,4 +292,154 @@ def test_random_combinations_end_in_0_or_in_one_line(run, folder, monkeypatch, c
         if status == 2:
             assert len(err.strip().splitlines()) == 1 and content(folder) == before, (name, more, err)
         engine.load_checkpoint("sea.pt", "cpu")
-    print(f"{count} combinations: {ends[0]} worked, {ends[2]} were told in one line")
+    print(f"{2 * COUNT} combinations: {ends[0]} worked, {ends[2]} were told in one line")
+
+
+def cut_or_flip(content, chance):
+    """Cut at any byte, or some bits flipped, or eight bytes, a length or a count, made large."""
+    kind = chance.choice(["cut", "flip", "length"])
+    content = bytearray(content)
+    if kind == "cut":
+        return content[:chance.randrange(len(content))]
+    if kind == "flip":
+        for _ in range(chance.choice([1, 1, 2, 9])):
+            content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        return content
+    at = chance.randrange(min(300, len(content) - 8))
+    content[at:at + 8] = struct.pack("<Q", chance.choice([2 ** 31, 2 ** 40, 2 ** 62, 2 ** 64 - 1]))
+    return content
+
+
+WHAT = [None, "", "x", -1, 0, 1, 7, 2 ** 20, 2 ** 40, 10 ** 30, 1.5, float("nan"), True, [], {}, (1, 2),
+        torch.zeros(3), torch.ones(1).expand(10 ** 12), torch.full((32,), torch.nan)]
+
+
+def change_a_value(saved, chance):
+    """Something anywhere in a checkpoint becomes something else, or is lost."""
+    where = saved
+    while True:
+        key = chance.choice(list(where) if isinstance(where, dict) else range(len(where)))
+        inner = where[key]
+        if not isinstance(inner, (dict, list)) or not inner or chance.random() < 0.2:
+            break
+        where = inner
+    if isinstance(where, dict) and chance.random() < 0.2:
+        del where[key]
+    else:
+        where[key] = chance.choice(WHAT)
+
+
+def attack(run, folder, lines, make, count):
+    """Run a line after each make(chance): it works, or it ends in one line and loses no file."""
+    chance, ends = random.Random(1337), {0: 0, 2: 0}
+    for turn in range(count):
+        make(chance)
+        name, *more = chance.choice(lines).split()
+        before = content(folder)
+        status, err = run(name, *more)
+        assert status in ends and "Traceback" not in err, (turn, name, more, status, err)
+        ends[status] += 1
+        if status == 2:
+            assert len(err.strip().splitlines()) == 1, (turn, err)
+            assert content(folder) == before, (turn, more)
+    print(f"{count} files: {ends[0]} worked, {ends[2]} were told in one line")
+
+
+@pytest.mark.parametrize("how", ["bytes", "values"])
+def test_random_checkpoints(how, run, folder):
+    """Of a run: to resume, to sample from, to take for a teacher."""
+    assert run("train", "--out=made", "--steps=2", "--attention=dense")[0] == 0
+    whole = Path("made/ckpt.pt").read_bytes()
+    (folder / "out").mkdir()
+    Path("out/lock").touch()
+
+    def make(chance):
+        if how == "bytes":
+            Path("out/ckpt.pt").write_bytes(cut_or_flip(whole, chance))
+        else:
+            saved = torch.load("made/ckpt.pt") | dict(step=1)      # there is one more to do
+            change_a_value(saved, chance)
+            torch.save(saved, "out/ckpt.pt")
+
+    attack(run, folder, ["train --resume --attention=dense --steps=2 --out=out",
+                         "sample --checkpoint=out/ckpt.pt",
+                         "distill --eval-only --teacher=out/ckpt.pt"], make, COUNT)
+
+
+def test_random_published_weights(run, folder):
+    shutil.copytree(Path(__file__).parent / "golden" / "llama-tied", "published")
+    for file in ("vocab.json", "merges.txt"):
+        shutil.copyfile(Path(__file__).parent / "golden" / "125m" / file, f"published/{file}")
+    [weights] = [path for path in Path("published").iterdir() if path.name in hub.WEIGHTS]
+    files = {path: path.read_bytes() for path in Path("published").iterdir()}
+
+    def make(chance):
+        for path, whole in files.items():
+            path.unlink()                            # what is mapped still is not written into
+            path.write_bytes(whole)
+        path = chance.choice([weights, weights, *files])
+        path.unlink()
+        path.write_bytes(cut_or_flip(files.get(path), chance))
+
+    attack(run, folder, ["sample --checkpoint=published"], make, COUNT)
+
+
+def test_zips_that_claim_to_be_large(run, folder):
+    """What they claim is not allocated: 4 TB would fail, and not in one line."""
+    with zipfile.ZipFile("bad.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(10 ** 7))
+        archive.writestr("archive/version", "3")
+    content = Path("bad.pt").read_bytes()
+    assert len(content) < 20_000
+    assert "more than its size" in assert_mistake(run, folder, "sample", "--checkpoint", "bad.pt")
+    claimed = content.replace(struct.pack("<I", 10 ** 7), struct.pack("<I", 2 ** 32 - 2))
+    Path("bad.pt").write_bytes(claimed)
+    assert "more than its size" in assert_mistake(run, folder, "sample", "--checkpoint", "bad.pt")
+    saved = torch.load("sea.pt")
+    for claim in (dict(vocab_size=2 ** 40), dict(n_layer=10 ** 9), dict(num_features=2 ** 40)):
+        torch.save(saved | dict(config=saved["config"] | claim), "bad.pt")
+        assert "no checkpoint" in assert_mistake(run, folder, "sample", "--checkpoint", "bad.pt")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links are not everybody's there")
+def test_links_and_pipes(run, folder):
+    """Loops, links to nothing and to folders, pipes: told in one line. A link to a file is one."""
+    Path("kept.txt").write_text("kept")
+    os.symlink("loop", "loop")
+    os.symlink("nothing", "dangling")
+    os.symlink("data", "to-data")
+    os.symlink("sea.pt", "link.pt")
+    os.symlink("loop", "loop.pt")
+    os.symlink("data", "data.pt")
+    assert run("sample", "--checkpoint", "link.pt")[0] == 0
+    for name in ("loop.pt", "data.pt", "nothing.pt", "loop", "dangling", "to-data"):
+        assert_mistake(run, folder, "sample", "--checkpoint", name)
+        assert_mistake(run, folder, "distill", "--teacher", name)
+    for out in ("loop", "loop/x", "dangling", "sea.pt", "kept.txt/x"):
+        assert "--out" in assert_mistake(run, folder, "train", "--out", out)
+        assert "--out" in assert_mistake(run, folder, "distill", "--out", out)
+    for name in ("loop", "to-data"):
+        assert_mistake(run, folder, "train", "--data", f"../{name}")
+    # What a folder holds may be links: they are replaced, what they lead to stays.
+    Path("out").mkdir()
+    os.symlink(Path("kept.txt").resolve(), "out/ckpt.pt")
+    os.symlink(Path("kept.txt").resolve(), "out/log.csv")
+    os.symlink(Path("kept.txt").resolve(), "out/lock")
+    assert run("train", "--out", "out")[0] == 0
+    assert Path("kept.txt").read_text() == "kept" and not Path("out/ckpt.pt").is_symlink()
+
+
+@pytest.mark.parametrize("name, more, told", [
+    ("train", "", False), ("train", "--keys-per-query 24", True), ("train", "--keys-per-query 16", False),
+    ("train", "--keys-per-query 99 --attention dense", False),
+    ("train", "--keys-per-query 99 --attention window", True),
+    ("distill", "--keys-per-query 99", True), ("distill", "", False)])
+def test_a_budget_of_all_keys_is_told(name, more, told, run):
+    status, err = run(name, *more.split())
+    assert status == 0 and ("this selects everything" in err) == told and err.count("\n") == told
+
+
+if __name__ == "__main__":
+    import test_mistakes
+    test_mistakes.COUNT = int(sys.argv[1])
+    sys.exit(pytest.main([__file__, "-s", "-q", "-k", "random"]))

@@ -150,7 +150,7 @@ def test_training_draws_no_random_numbers_but_its_batches(folder, monkeypatch, c
 
 @pytest.mark.parametrize("line, more, hint", [
     (TRAIN, "--n-embd 64", "n_embd was 32"), (TRAIN, "--attention dense", "attention was sea"),
-    (TRAIN, "--steps 8", "steps was 6"), (TRAIN, "--lr 1", "lr was"), (TRAIN, "--seed 2", "seed was 1337"),
+    (TRAIN, "--steps 8", "steps was 6.*falls over all --steps"), (TRAIN, "--lr 1", "lr was"), (TRAIN, "--seed 2", "seed was 1337"),
     (TRAIN, "--accumulate 2", "accumulate was 1"), (TRAIN, "--data other", "data was"),
     (TRAIN, "--seed 2 --lr 1", "lr was 0.0[0-9]*, now 1.0; seed was 1337, now 2"),
     (TRAIN, "--out nowhere", "leave --resume out"), (TRAIN, "--out .", "leave --resume out"),
@@ -281,6 +281,22 @@ def test_a_signal_saves_and_says_how_to_go_on(line, name, folder, monkeypatch, c
     assert one_line(err)
     assert run(f"{line} --out parts --resume", monkeypatch, capsys)[0] == 0
     assert_same_weights("whole/ckpt.pt", "parts/ckpt.pt")
+
+
+def test_a_terminal_that_is_closed(folder):
+    """What is printed has nowhere to go then, which must not keep the run from saving."""
+    pty = pytest.importorskip("pty")
+    child, terminal = pty.fork()
+    if child == 0:
+        arguments = [folder / "data", *f"{TRAIN} --steps 100000 --save-minutes 9".split()]
+        os.execve(sys.executable, [sys.executable, "-c", ELSEWHERE, *arguments], ENVIRONMENT)
+    said = b""
+    while b"step 7/" not in said:
+        said += os.read(terminal, 1000)
+    os.close(terminal)                                   # the system sends SIGHUP
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status == 128 + signal.SIGHUP
+    assert engine.load_checkpoint("out/ckpt.pt", "cpu")[1]["step"] >= 7
 
 
 def test_a_second_ctrl_c_stops_at_once(folder, monkeypatch, capsys):
