@@ -50,8 +50,8 @@ def run(line, prompt, folder, model, monkeypatch, capsys):
     """Run sample.py on a model in a folder -> exit status, what it printed, its errors."""
     monkeypatch.chdir(folder)
     save_checkpoint(folder / "ckpt.pt", model, tokenizer="bytes", data="none")
-    monkeypatch.setattr(sys, "argv", ["sample.py", *line.split(), "--prompt", prompt, "--device", "cpu",
-                                      "--checkpoint", "ckpt.pt"])
+    argv = ["sample.py", *line.split(), "--prompt", prompt, "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", [*argv, "--checkpoint", "ckpt.pt"])
     status = 0
     try:
         sample.main()
@@ -176,8 +176,8 @@ def test_a_page_can_be_mailed(written, tmp_path, monkeypatch):
 # ---- the flags
 
 def test_layers_can_be_chosen(tmp_path, monkeypatch, capsys):
-    status, out, _ = run("--page a.html --layers 3 1", "some text", tmp_path, small_model(), monkeypatch,
-                         capsys)
+    line = "--page a.html --layers 3 1"
+    status, out, _ = run(line, "some text", tmp_path, small_model(), monkeypatch, capsys)
     assert status == 0 and "layers 1 3 of 0 to 3" in out
     assert list(data_of(tmp_path / "a.html")["layers"]) == ["1", "3"]
 
@@ -195,8 +195,9 @@ def test_keys_per_query_and_speed(tmp_path, monkeypatch, capsys):
 
 
 def test_a_dense_model_under_another_attention(tmp_path, monkeypatch, capsys):
-    status, out, _ = run("--page a.html --attention sea --layers 0", "some text " * 8, tmp_path,
-                         small_model(attention="dense", architecture="llama", n_kv_head=2), monkeypatch, capsys)
+    model = small_model(attention="dense", architecture="llama", n_kv_head=2)
+    line = "--page a.html --attention sea --layers 0"
+    status, out, _ = run(line, "some text " * 8, tmp_path, model, monkeypatch, capsys)
     assert status == 0 and len(data_of(tmp_path / "a.html")["layers"]["0"]) == 4
 
 
@@ -225,8 +226,12 @@ def test_a_write_that_fails_leaves_the_old_page(function, tmp_path, monkeypatch,
     def full(*args):
         raise OSError(28, "No space left on device")
     (tmp_path / "a.html").write_text("the old page")
-    real, late = sample.write_whole, lambda *args: monkeypatch.setattr(os, function, full) or real(*args)
-    monkeypatch.setattr(sample, "write_whole", late)             # the disk is full from here on
+    real = sample.write_whole
+
+    def late(*args):
+        monkeypatch.setattr(os, function, full)                  # the disk is full from here on
+        real(*args)
+    monkeypatch.setattr(sample, "write_whole", late)
     status, _, err = run("--page a.html", "x", tmp_path, small_model(), monkeypatch, capsys)
     assert status == 2 and "No space left" in err and len(err.strip().splitlines()) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.html", "ckpt.pt"]
@@ -241,9 +246,12 @@ async function visit() {
   const later = (ms = 300) => new Promise(resolve => setTimeout(resolve, ms));
   const notes = {}, canvases = figures.map(figure => figure.querySelector("canvas"));
   const having = name => groups.flatMap(({span, to}) => span.classList.contains(name) ? [to] : []);
-  const choose = (select, value) => { select.value = value; select.dispatchEvent(new Event("change")) };
-  const point = (i, type) => { groupOf[i].span.dispatchEvent(new PointerEvent(type, {bubbles: true}));
-                               return having("picked") };
+  const choose = (select, value) => { select.value = value;
+                                      select.dispatchEvent(new Event("change")) };
+  const point = (i, type) => {
+    groupOf[i].span.dispatchEvent(new PointerEvent(type, {bubbles: true}));
+    return having("picked");
+  };
   const press = key => { text.dispatchEvent(new KeyboardEvent("keydown", {key}));
                          return having("picked") };
   const at = (element, type, x, y) => {
@@ -271,7 +279,8 @@ async function visit() {
   notes.held = [point(60, "click"), point(70, "pointermove")];
   notes.free = [point(60, "click"), point(70, "pointermove")];
   text.focus();
-  notes.walk = ["ArrowRight", "ArrowLeft", "ArrowLeft", "Home", "ArrowLeft", "End", "ArrowRight"].map(press);
+  notes.walk = ["ArrowRight", "ArrowLeft", "ArrowLeft", "Home", "ArrowLeft", "End", "ArrowRight"]
+    .map(press);
   notes.outline = getComputedStyle(text).outlineStyle;
   at(canvases[3], "pointermove", 40.5 / T, 90.5 / T);
   notes.named = named.textContent; notes.pair = [having("picked"), having("key")];
@@ -324,7 +333,8 @@ def test_a_browser_shows_the_text_and_the_pictures(notes, written):
     _, idx, page = written
     T = idx.shape[1]
     assert notes["groups"] == T - 32 and notes["start"] == [T - 1]
-    assert notes["text"] == 16 * ("</script><!--<script> <b>&amp;\"'\\PAGE_DATA\u00e9\\xf0\\x9f\\x98"
+    assert notes["text"] == 16 * ("</script><!--<script> <b>&amp;\"'\\PAGE_DATA"
+                                  "\u00e9\\xf0\\x9f\\x98"
                                   "\u21b5\n\\x09if x:\\x01\u2028\U0001f600 end")
     missed, blocks, keys = head_of(page, 0, 0, T)
     inside = np.repeat(np.array(kinds(100, blocks)) != "missed", 8)[:101]
@@ -368,7 +378,8 @@ def test_a_browser_names_pairs_and_shares_what_is_shown(notes, written):
     assert notes["held"] == [[60], [60]] and notes["free"] == [[60], [70]]
     assert notes["pair"] == [[90], [41]]                             # 40 and 41 are one character
     assert re.match(r"Query .*\(90\), key .*\(40\): in block 5, ", notes["named"])
-    assert kinds(90, blocks)[5] in notes["named"] and "not seen" in notes["unseen"]
+    assert kinds(90, blocks)[5].replace("missed", "not chosen") in notes["named"]
+    assert "not seen" in notes["unseen"]
     assert notes["hash"] == ["#layer=1&head=3&token=90", "#layer=2&head=1&token=90"]
     assert notes["clicked"] == ["2", "1"]
     assert notes["shared"] == ["3", "0", [5], "Layer 3, head 0. Token \u201cPA"]
