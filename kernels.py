@@ -370,6 +370,20 @@ def choose(q, moments, T, block_size, n, scale, rows, tile, near=None, coarse=1)
 # dv vary in the last bits from run to run.
 
 @triton.jit
+def tile_of(lists, T, R, H, HKV, S: tl.constexpr, M: tl.constexpr):
+    """What a program works on: batch, heads, rows, its list, and the blocks that its rows lie in."""
+    g = tl.num_programs(0) - 1 - tl.program_id(0)                   # the longest first
+    b = tl.program_id(1) // H
+    h = tl.program_id(1) % H
+    row = g * M + tl.arange(0, M)
+    tile = tl.program_id(1) * lists[3] + g
+    count = tl.load(lists[2] + tile)
+    own = (T - R + g * M) // S                                      # the first of those blocks
+    owns = tl.minimum(T - R + g * M + M - 1, T - 1) // S - own + 1  # and how many they are
+    return b, h, h // (H // HKV), row, tile, count, own, owns
+
+
+@triton.jit
 def keys_of(lists, tile, count, start, row, own, owns, T,
             S: tl.constexpr, M: tl.constexpr, KEYS: tl.constexpr):
     """KEYS keys of a list, which of them are real, and which query attends to which (M, KEYS)."""
@@ -386,15 +400,7 @@ def keys_of(lists, tile, count, start, row, own, owns, T,
 @triton.jit
 def attend_kernel(q, k, v, out, lse, lists, scale, T, R, H, HKV,
                   D: tl.constexpr, S: tl.constexpr, M: tl.constexpr, KEYS: tl.constexpr):
-    g = tl.num_programs(0) - 1 - tl.program_id(0)
-    b = tl.program_id(1) // H
-    h = tl.program_id(1) % H
-    kv = h // (H // HKV)
-    row = g * M + tl.arange(0, M)
-    tile = tl.program_id(1) * lists[3] + g
-    count = tl.load(lists[2] + tile)
-    own = (T - R + g * M) // S                                      # the queries' blocks: the first
-    owns = tl.minimum(T - R + g * M + M - 1, T - 1) // S - own + 1  # and how many they are
+    b, h, kv, row, tile, count, own, owns = tile_of(lists, T, R, H, HKV, S, M)
     q_tile = load(q, b, h, row, row < R, D)                         # (M, D)
 
     m_i = tl.full([M], -1e30, tl.float32)                           # some see no key at first
@@ -421,15 +427,7 @@ def attend_kernel(q, k, v, out, lse, lists, scale, T, R, H, HKV,
 @triton.jit
 def attend_backward_kernel(q, k, v, out, lse, dout, dq, dk, dv, lists, scale, T, R, H, HKV,
                            D: tl.constexpr, S: tl.constexpr, M: tl.constexpr, KEYS: tl.constexpr):
-    g = tl.num_programs(0) - 1 - tl.program_id(0)
-    b = tl.program_id(1) // H
-    h = tl.program_id(1) % H
-    kv = h // (H // HKV)
-    row = g * M + tl.arange(0, M)
-    tile = tl.program_id(1) * lists[3] + g
-    count = tl.load(lists[2] + tile)
-    own = (T - R + g * M) // S                                      # the queries' blocks: the first
-    owns = tl.minimum(T - R + g * M + M - 1, T - 1) // S - own + 1  # and how many they are
+    b, h, kv, row, tile, count, own, owns = tile_of(lists, T, R, H, HKV, S, M)
     q_tile = load(q, b, h, row, row < R, D)                         # (M, D)
     dout_tile = load(dout, b, h, row, row < R, D)
     lse_tile = tl.load(lse + tl.program_id(1).to(tl.int64) * R + row, mask=row < R, other=0)

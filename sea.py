@@ -52,7 +52,8 @@ def sea_attention(q, k, v, block_size=8, keys_per_query=48, coarse=8, scale=None
     if q.is_cuda and backend == "triton":
         return kernels.sea_attention(q, k, v, block_size, keys_per_query, coarse, scale)
 
-    R, T = q.shape[2], k.shape[2]
+    R = q.shape[2]
+    T = k.shape[2]
     q = q * (q.shape[3] ** -0.5 if scale is None else scale)
     out = []
     for start in range(0, R, ROWS):
@@ -70,7 +71,8 @@ def look_twice(q, k, block_size, keys_per_query, coarse):
     A query scores T / (S coarse) coarse blocks, then as many blocks as fill those that it kept, a
     number that does not grow with T. q (B, H, R, D), scaled, k (B, Hkv, T, D) -> (B, H, R, W) bool.
     """
-    R, T = q.shape[2], k.shape[2]
+    R = q.shape[2]
+    T = k.shape[2]
     first_row = T - R
     wide = block_size * coarse                                      # keys in a coarse block
     n = max(1, keys_per_query // block_size)
@@ -117,7 +119,8 @@ def block_scores(q, block_moments, block_size, first_row=0):
     q (B, H, R, D), scaled, holds rows first_row .. of T; block_moments (B, Hkv, W, 2D)
     -> (B, H, R, W), -inf from the query's own block on.
     """
-    R, W = q.shape[2], block_moments.shape[2]
+    R = q.shape[2]
+    W = block_moments.shape[2]
     block_moments = block_moments.repeat_interleave(q.shape[1] // block_moments.shape[1], 1)
     q = q.to(block_moments.dtype)
     with torch.autocast(q.device.type, enabled=False):              # small differences decide
@@ -202,7 +205,8 @@ def estimated_attention(q, k, block_size=8, keys_per_query=48, coarse=8, scale=N
     q (B, H, R, D), k (B, Hkv, T, D) -> three (B, H, R, T). The own block is not estimated: zeros.
     """
     check(q, k, k, block_size, keys_per_query, coarse)
-    R, T = q.shape[2], k.shape[2]
+    R = q.shape[2]
+    T = k.shape[2]
     q = q * (q.shape[3] ** -0.5 if scale is None else scale)
     chosen = look_twice(q, k, block_size, keys_per_query, coarse)                # (B, H, R, W)
     mask = chosen_keys(chosen, T, block_size)                                    # (B, H, R, T)
@@ -312,7 +316,8 @@ class PaperEstimator(nn.Module):
         n = max(1, keys_per_query // block_size)
         picture, gates = self.draw(q.detach(), k.detach(), v.detach())
 
-        out, distances = [], []
+        out = []
+        distances = []
         for start in range(0, T, ROWS):
             rows = slice(start, start + ROWS)
             past = slice(0, start + ROWS)
@@ -320,8 +325,9 @@ class PaperEstimator(nn.Module):
             chosen = select(scores.detach(), block_size, n, start)
             out.append(attend(q[:, :, rows], k[:, :, past], v[:, :, past], chosen, block_size))
             if teacher is not None:
-                teacher_q, teacher_k = teacher[0].detach(), teacher[1].detach()
-                target = block_mass(teacher_q[:, :, rows], teacher_k[:, :, past], block_size, start)
+                teacher_q = teacher[0].detach()[:, :, rows]
+                teacher_k = teacher[1].detach()[:, :, past]
+                target = block_mass(teacher_q, teacher_k, block_size, start)
                 distances.append(block_kl(target, scores))                       # (B, H, r)
 
         # Two gates: mix gain * attention with the running mean of v.
