@@ -77,7 +77,11 @@ def load(args):
         model = model.with_attention(attention)
     if args.keys_per_query:
         model.config.keys_per_query = args.keys_per_query
-    return model.eval(), engine.load_encoding(tokenizer, args.checkpoint)
+    enc = engine.load_encoding(tokenizer, args.checkpoint)
+    if enc.n_vocab > model.config.vocab_size:
+        fail(f"{args.checkpoint} knows {model.config.vocab_size} tokens, its tokenizer has "
+             f"{enc.n_vocab}; take the tokenizer's files of that model")
+    return model.eval(), enc
 
 
 # --------------------------------------------------------------------------------------------------

@@ -290,7 +290,8 @@ def test_random_combinations_end_in_0_or_in_one_line(run, folder, monkeypatch):
         assert status in ends, (name, more, status)
         ends[status] += 1
         if status == 2:
-            assert len(err.strip().splitlines()) == 1 and content(folder) == before, (name, more, err)
+            assert len(err.strip().splitlines()) == 1, (name, more, err)
+            assert content(folder) == before or "spoilt" in err, (name, more, err)    # --lr 1e9
         engine.load_checkpoint("sea.pt", "cpu")
     print(f"{2 * COUNT} combinations: {ends[0]} worked, {ends[2]} were told in one line")
 
@@ -369,7 +370,7 @@ def test_random_checkpoints(how, run, folder):
 def test_random_published_weights(run, folder):
     shutil.copytree(Path(__file__).parent / "golden" / "llama-tied", "published")
     for file in ("vocab.json", "merges.txt"):
-        shutil.copyfile(Path(__file__).parent / "golden" / "125m" / file, f"published/{file}")
+        shutil.copyfile(Path(__file__).parent / "golden" / "tokenizer" / file, f"published/{file}")
     [weights] = [path for path in Path("published").iterdir() if path.name in hub.WEIGHTS]
     files = {path: path.read_bytes() for path in Path("published").iterdir()}
 
