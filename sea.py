@@ -250,13 +250,16 @@ def kernel_attention(q, k, v, omega, chunk=64):
 
 def orthogonal_features(D, num_features):
     """Random omega (D, F) of kernel_attention: orthogonal columns, D at a time, of norm sqrt(D)."""
-    groups = [nn.init.orthogonal_(torch.empty(D, D)) for _ in range(-(-num_features // D))]
+    groups = []
+    for _ in range(-(-num_features // D)):
+        groups.append(nn.init.orthogonal_(torch.empty(D, D, dtype=torch.float32)))
     return torch.cat(groups, 1)[:, :num_features] * D ** 0.5
 
 
 def sinusoids(T, D, device=None):
     """The Transformer's fixed position code, which knows no largest length: (T, D)."""
-    rate = 10_000 ** (-torch.arange(0, D, 2, device=device) / D)                 # (D/2,)
+    pair = torch.arange(0, D, 2, device=device, dtype=torch.float32)
+    rate = 10_000 ** (-pair / D)                                                 # (D/2,)
     angle = torch.arange(T, device=device)[:, None] * rate                       # (T, D/2)
     return torch.cat((angle.sin(), angle.cos()), -1)
 

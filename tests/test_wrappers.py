@@ -94,8 +94,6 @@ def test_other_types(attention, dtype):
 @KINDS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.double])
 def test_other_default_types(attention, dtype):
-    if attention == "paper" and dtype == torch.bfloat16:
-        pytest.xfail("its position code is computed in the default type")
     model = make(attention)
     wanted = step(model)
     torch.set_default_dtype(dtype)
