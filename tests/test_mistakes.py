@@ -404,7 +404,7 @@ def test_zips_that_claim_to_be_large(run, folder):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links are not everybody's there")
 def test_links(run, folder):
-    """Loops, links to nothing and to folders, pipes: told in one line. A link to a file is one."""
+    """Loops, links to nothing and to folders: told in one line. A link to a file is one."""
     Path("kept.txt").write_text("kept")
     os.symlink("loop", "loop")
     os.symlink("nothing", "dangling")
