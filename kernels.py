@@ -67,6 +67,13 @@ def load(x, b, h, row, real, D: tl.constexpr):
 
 
 @triton.jit
+def add(x, value, b, h, row, real, D: tl.constexpr):
+    """Add values (n, D padded) to rows (n,) of one head of x, where they are real."""
+    address, column = addresses(x, b, h, row, D)
+    tl.atomic_add(address, value, mask=real[:, None] & column, sem="relaxed")
+
+
+@triton.jit
 def dot(x, y, acc=None):
     """x y + acc in float32, of float32 inputs to the last bit: tf32 would keep 10 bits of them."""
     if UPCAST:                             # the interpreter would multiply bfloat16's bits
@@ -440,14 +447,10 @@ def attend_backward_kernel(q, k, v, out, lse, dout, dq, dk, dv, lists, scale, T,
         v_tile = load(v, b, kv, key, real, D)
         scores = dot(q_tile, tl.trans(k_tile)) * (scale * LOG2E)    # (M, KEYS)
         p = tl.where(mine & (row < R)[:, None], tl.exp2(scores - lse_tile[:, None]), 0)
-        address, column = addresses(dv, b, kv, key, D)
-        dv_tile = dot(tl.trans(p.to(dout_tile.dtype)), dout_tile)
-        tl.atomic_add(address, dv_tile, mask=real[:, None] & column, sem="relaxed")
+        add(dv, dot(tl.trans(p.to(dout_tile.dtype)), dout_tile), b, kv, key, real, D)
         dscore = p * (dot(dout_tile, tl.trans(v_tile)) - delta[:, None]) * scale
         dscore = dscore.to(q_tile.dtype)
-        address, column = addresses(dk, b, kv, key, D)
-        dk_tile = dot(tl.trans(dscore), q_tile)
-        tl.atomic_add(address, dk_tile, mask=real[:, None] & column, sem="relaxed")
+        add(dk, dot(tl.trans(dscore), q_tile), b, kv, key, real, D)
         acc = dot(dscore, k_tile, acc)
     address, column = addresses(dq, b, h, row, D)
     tl.store(address, acc, mask=(row < R)[:, None] & column)

@@ -3,7 +3,6 @@
     python tests/test_mistakes.py 2000     the random attack with so many inputs of each sort
 """
 import argparse
-import json
 import os
 import pickle
 import random
@@ -19,7 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data.common
 import distill
-from data import engine, hub, smollm2
+from data import engine, hub
 import sample
 import train
 from model import Config, Transformer
