@@ -109,10 +109,8 @@ def listed(lists):
 #   of the coarse block:  mean of means;  mean of variances + variance of means
 
 @triton.jit
-def moments_kernel(k, fine, wide, T, HKV, D: tl.constexpr, S: tl.constexpr, Z: tl.constexpr):
-    c = tl.program_id(0)
-    b = tl.program_id(1) // HKV
-    h = tl.program_id(1) % HKV
+def moments_of(k, fine, wide, c, T, b, h, D: tl.constexpr, S: tl.constexpr, Z: tl.constexpr):
+    """Write the moments of coarse block c and of its blocks, of those that are complete."""
     z = tl.arange(0, padded(Z))
     block = c * Z + z
     complete = (z < Z) & ((block + 1) * S <= T)
@@ -138,6 +136,13 @@ def moments_kernel(k, fine, wide, T, HKV, D: tl.constexpr, S: tl.constexpr, Z: t
         wide_address, wide_column = addresses(wide, b, h, c + tl.arange(0, 1), D)
         tl.store(wide_address, wide_mean, mask=wide_column)
         tl.store(wide_address + D, wide_half, mask=wide_column)
+
+
+@triton.jit
+def moments_kernel(k, fine, wide, T, HKV, D: tl.constexpr, S: tl.constexpr, Z: tl.constexpr):
+    b = tl.program_id(1) // HKV
+    h = tl.program_id(1) % HKV
+    moments_of(k, fine, wide, tl.program_id(0), T, b, h, D, S, Z)
 
 
 def moments(k, block_size, coarse):
