@@ -102,10 +102,10 @@ def distillation_losses(student, teacher, idx, targets):
 
 
 def distance(ours, theirs):
-    """Squared distance of two lists of layers' (B, T, C), as a share of the second's square: some
-    layers' numbers are thousands of times others'."""
+    """Squared distance of two lists of a layer's (B, T, C), as a share of the second's square."""
     ours = torch.stack(ours).float()                                             # (L, B, T, C)
     theirs = torch.stack(theirs).float()
+    # Of each layer by itself: the numbers of some are thousands of times those of others.
     share = (ours - theirs).square().mean((1, 2, 3)) / theirs.square().mean((1, 2, 3))
     return share.mean()
 
@@ -134,16 +134,15 @@ def keys_and_mass(model, idx):
 
 
 def describe(name, model, tokens, args, precision):
-    """Print a model's loss on held-out text and, of the first window, its keys and their mass;
-    return all."""
+    """Print a model's loss on held-out text -> the loss, and words on its keys in a window."""
     with one_line(FloatingPointError, hint=f"the {name} is spoilt"):
         loss = evaluate(model, tokens, args.batch_size, args.eval_windows, precision)
     idx = torch.from_numpy(tokens[:min(model.config.context, MOST_ROWS)].astype("int64"))[None]
     with precision:
         keys, mass = keys_and_mass(model.eval(), idx.to(args.device))
-    engine.say(f"{name}: loss {loss:.4f} ppl {perplexity(loss):.3f}"
-               + (f" keys_per_query {keys:.1f} mass_kept {mass:.3f}" if keys else ""))
-    return loss, keys, mass
+    kept = f"keys_per_query {keys:.1f} mass_kept {mass:.3f} " if keys else ""
+    engine.say(f"{name}: loss {loss:.4f} ppl {perplexity(loss):.3f} {kept}")
+    return loss, kept
 
 
 # --------------------------------------------------------------------------------------------------
@@ -156,7 +155,7 @@ def make_optimizer(student):
         groups.setdefault((p.dim() >= 2, ".attention." in name), []).append(p)
     groups = [dict(params=params, weight_decay=WEIGHT_DECAY * decays, times=NEW_RATE if new else 1)
               for (decays, new), params in groups.items()]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=next(student.parameters()).is_cuda)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
 def distill(student, teacher, tokens, args, precision, optimizer, steps=None):
@@ -199,8 +198,7 @@ def distill(student, teacher, tokens, args, precision, optimizer, steps=None):
 # The script
 
 def load_teacher(args):
-    """The teacher, the name of its tokenizer; tokens to train on and to evaluate on, which must be
-    its."""
+    """The teacher, the name of its tokenizer, tokens to train on, and tokens to evaluate on."""
     if args.teacher == "out/dense-stdlib/ckpt.pt" and not Path(args.teacher).exists():
         fail("there is no teacher yet; make one: python train.py --attention dense")
     teacher, tokenizer, data = engine.load_model(args.teacher, args.device)
@@ -251,10 +249,10 @@ def main():
     precision, kind = engine.pick_precision(args.device)
     teacher, tokenizer, tokens, held_out = load_teacher(args)
     student = make_student(teacher, args)
-    engine.say(f"teacher {args.teacher} ({teacher.config.attention}), data/{args.data}, "
-               f"T {args.context}, {backend} backend, {kind}")
+    engine.say(f"teacher {args.teacher} ({teacher.config.attention}), student {args.attention}, "
+               f"data/{args.data}, T {args.context}, {backend} backend, {kind}")
     if args.eval_only:
-        loss, *_ = describe(args.attention, student, held_out, args, precision)
+        loss, _ = describe(args.attention, student, held_out, args, precision)
         engine.say(f"final: {args.eval_only}_loss {loss:.4f} "
                    f"{args.eval_only}_ppl {perplexity(loss):.3f}")
         return
@@ -265,25 +263,21 @@ def main():
     keeper = engine.Keeper(args, student, optimizer, settings, tokenizer=tokenizer)
     if not args.resume:
         engine.keep_tokenizer(tokenizer, args.teacher, args.out)
-        start, *_ = describe("teacher", teacher, held_out, args, precision)
-        name = f"{args.attention} student before"
-        before, *_ = describe(name, student, held_out, args, precision)
+        start, _ = describe("teacher", teacher, held_out, args, precision)
+        before, _ = describe("student before", student, held_out, args, precision)
         keeper.content["before"] = start, before
     if backend == "triton":
-        engine.compile_blocks(teacher)
-        engine.compile_blocks(student)
+        engine.compile_blocks(teacher, student)
 
     begin = time.time()
     losses = distill(student, teacher, tokens, args, precision, optimizer, keeper.steps())
     seconds = time.time() - begin
-    loss, keys, mass = describe(f"{args.attention} student after", student, held_out, args,
-                                precision)
+    loss, kept = describe("student after", student, held_out, args, precision)
     start, before = keeper.content["before"]
+    kl = f"attention_kl {losses['estimate']:.4f} " if "estimate" in losses else ""
     engine.say(f"final: val_loss {loss:.4f} val_ppl {perplexity(loss):.3f} "
-               f"ppl_before {perplexity(before):.3f} teacher_ppl {perplexity(start):.3f} "
-               + (f"keys_per_query {keys:.1f} mass_kept {mass:.3f} " if keys else "")
-               + (f"attention_kl {losses['estimate']:.4f} " if "estimate" in losses else "")
-               + f"steps {args.steps} seconds {seconds:.0f} "
+               f"ppl_before {perplexity(before):.3f} teacher_ppl {perplexity(start):.3f} {kept}{kl}"
+               f"steps {args.steps} seconds {seconds:.0f} "
                f"peak_gib {engine.peak_memory(args.device):.2f}")
 
 

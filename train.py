@@ -74,8 +74,7 @@ def make_optimizer(model):
 
 
 def learning_rate(step, peak, steps):
-    """Of step 1, 2 .. steps: linear to the peak over the first tenth, then a cosine to a tenth of
-    it."""
+    """Linear to the peak over the first tenth of steps 1, 2 .., then a cosine to a tenth of it."""
     warmup = max(1, steps // 10)
     if step <= warmup:
         return peak * step / warmup
@@ -83,8 +82,7 @@ def learning_rate(step, peak, steps):
 
 
 def open_data(args):
-    """Train and validation tokens and their meta data; prepares the embedded data set where it is
-    missing."""
+    """Train and validation tokens and their meta data; prepares data/stdlib if it is missing."""
     with engine.first_rank_first(args.device):
         if args.data == "stdlib" and not (common.FOLDER / "stdlib" / "meta.json").exists():
             if subprocess.run([sys.executable, common.SCRIPTS / "stdlib.py"]).returncode:

@@ -85,11 +85,12 @@ def pick_backend(device, kernels):
     return sea.backend if device == "cuda" else "torch"
 
 
-def compile_blocks(model, backend="inductor"):
-    """From now on the model's blocks run compiled. One compilation, of seconds, serves all of them;
-    of a whole model it would take as many times longer as there are blocks."""
-    for block in model.layers:
-        block.compile(backend=backend)
+def compile_blocks(*models, backend="inductor"):
+    """From now on the models' blocks run compiled. Equal blocks share a compilation, of seconds; of
+    a whole model it takes as many times longer as there are blocks."""
+    for model in models:
+        for block in model.layers:
+            block.compile(backend=backend)
 
 
 def peak_memory(device):

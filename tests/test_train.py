@@ -104,7 +104,7 @@ def test_compiled_blocks_are_the_same_model_from_one_compilation(attention, text
     plain, compiled = [small_model(attention=attention, n_layer=3) for _ in range(2)]
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    engine.compile_blocks(compiled, counter)
+    engine.compile_blocks(compiled, backend=counter)
     for seed in range(2):
         batch = data.common.random_batch(text, 64, 2, seed, "cpu")
         wanted, found = plain(*batch), compiled(*batch)
