@@ -92,9 +92,23 @@ class Layer(NamedTuple):
     v: torch.Tensor
 
 
+class Cache:
+    """Keys and values (B, Hkv, T, D) of a layer's tokens, with room for more; zeros until then."""
+
+    def __init__(self, k, v, room):
+        self.k = F.pad(k, (0, 0, 0, room - k.shape[2]))              # (B, Hkv, room, D)
+        self.v = F.pad(v, (0, 0, 0, room - k.shape[2]))
+
+    def append(self, k, v, position):
+        """Keep k, v (B, Hkv, 1, D) of the token at position (1,)."""
+        self.k.index_copy_(2, position, k)
+        self.v.index_copy_(2, position, v)
+
+
 # --------------------------------------------------------------------------------------------------
-# Kinds of attention: q (B, H, R, D), the last R of T queries, k and v (B, Hkv, T, D)
-# -> (B, H, R, D), and a distance that training lowers, or None
+# Kinds of attention: q (B, H, T, D), k and v (B, Hkv, T, D) -> (B, H, T, D), and a distance that
+# training lowers, or None. Some can also go on from kept keys and values, by new_cache and decode:
+# q (B, H, 1, D) of the token at position (1,) -> (B, H, 1, D), in constant shapes
 
 class SEA(nn.Module):
     def __init__(self, config):
@@ -104,6 +118,12 @@ class SEA(nn.Module):
     def forward(self, q, k, v, teacher=None):
         c = self.config
         return sea.sea_attention(q, k, v, c.block_size, c.keys_per_query, c.coarse), None
+
+    def new_cache(self, k, v, room):
+        return sea.Cache(k, v, room, self.config.block_size, self.config.coarse)
+
+    def decode(self, q, cache, position):
+        return sea.decode(q, cache, position, self.config.keys_per_query)
 
 
 class Paper(nn.Module):
@@ -129,14 +149,25 @@ class Paper(nn.Module):
 class Dense(nn.Module):
     def __init__(self, config):
         super().__init__()
+        self.config = config
 
     def forward(self, q, k, v, teacher=None):
-        R, T = q.shape[2], k.shape[2]
         shared = q.shape[1] != k.shape[1]
-        if R == T:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared), None
-        past = torch.ones(R, T, dtype=torch.bool, device=q.device).tril(T - R)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=past, enable_gqa=shared), None
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared), None
+
+    def new_cache(self, k, v, room):
+        return Cache(k, v, room)
+
+    def decode(self, q, cache, position):
+        """One masked call over all keys that there is room for."""
+        rows = q.view(q.shape[0], cache.k.shape[1], -1, q.shape[3])  # (B, Hkv, group, D)
+        mask = self.seen(position, cache)
+        y = F.scaled_dot_product_attention(rows, cache.k, cache.v, attn_mask=mask[None])
+        return y.view(q.shape)
+
+    def seen(self, position, cache):
+        """The keys of the cache that the token at this position attends to: (room,) bool."""
+        return torch.arange(cache.k.shape[2], device=position.device) <= position
 
 
 class Performer(nn.Module):
@@ -152,7 +183,7 @@ class Performer(nn.Module):
         return sea.kernel_attention(q * q.shape[3] ** -0.5, k, v, self.omega).to(v.dtype), None
 
 
-class Window(nn.Module):
+class Window(Dense):
     """The first FIRST tokens and the last ones: as many keys as SEA has on average, chosen by
     position alone.
 
@@ -160,52 +191,28 @@ class Window(nn.Module):
     """
     FIRST = 4
 
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-
     def forward(self, q, k, v, teacher=None):
-        mask = self.mask(q.shape[2], k.shape[2], q.device)
+        position = torch.arange(q.shape[2], device=q.device)
+        mask = self.mask(position[:, None], position)                       # (T, T)
         shared = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=shared), None
 
-    def mask(self, R, T, device):
-        """The keys that the last R of T queries attend to: (R, T) bool."""
+    def seen(self, position, cache):
+        return self.mask(position, torch.arange(cache.k.shape[2], device=position.device))
+
+    def mask(self, query, key):
+        """Does this query attend to this key? Positions that broadcast -> bool."""
         S = self.config.block_size
         n = max(1, self.config.keys_per_query // S)
         last = (n + 2) * S + (S + 1) // 2 - self.FIRST       # SEA's blocks, and half of its own one
-        key = torch.arange(T, device=device)
-        query = key[T - R:, None]
         return (key <= query) & ((key > query - last) | (key < self.FIRST))
 
 
 ATTENTIONS = dict(sea=SEA, paper=Paper, dense=Dense, performer=Performer, window=Window)
-CACHED = "sea", "dense", "window"      # those that can go on from kept keys and values
 
 
 # --------------------------------------------------------------------------------------------------
 # Blocks
-
-class Cache:
-    """Keys and values of the T tokens so far of one layer, in room for more."""
-
-    def __init__(self, room):
-        self.room = room
-        self.T = 0
-        self.k = self.v = None
-
-    def extend(self, k, v):
-        """Keep k and v of new tokens (B, Hkv, R, D) -> those of all, (B, Hkv, T, D)."""
-        if self.k is None:
-            B, H, _, D = k.shape
-            self.k = k.new_empty(B, H, self.room, D)
-            self.v = v.new_empty(B, H, self.room, D)
-        start = self.T
-        self.T += k.shape[2]
-        self.k[:, :, start:self.T] = k
-        self.v[:, :, start:self.T] = v
-        return self.k[:, :, :self.T], self.v[:, :, :self.T]
-
 
 def rotate(x, rotary):
     """Turn each pair (x_i, x_{i + D/2}) of (B, H, T, D) by its angle, of which rotary (2, T, D/2)
@@ -228,18 +235,20 @@ class SelfAttention(nn.Module):
         setattr(self, self.out, nn.Linear(config.n_embd, config.n_embd, bias=opt))
         self.attention = ATTENTIONS[config.attention](config)
 
-    def forward(self, x, rotary=None, teacher=None, cache=None):
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)        # (B, H, R, D)
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)       # (B, Hkv, R, D)
+    def forward(self, x, rotary=None, teacher=None, cache=None, position=None):
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)        # (B, H, T, D)
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)       # (B, Hkv, T, D)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         if rotary is not None:
             q = rotate(q, rotary)
             k = rotate(k, rotary)
-        if cache is not None:                                      # q stays the last R of T queries
-            k, v = cache.extend(k, v)                                # (B, Hkv, T, D)
 
-        y, kl = self.attention(q, k, v, teacher)                     # (B, H, R, D)
-        y = getattr(self, self.out)(y.transpose(1, 2).flatten(2))    # (B, R, C)
+        if cache is None:
+            y, kl = self.attention(q, k, v, teacher)                 # (B, H, T, D)
+        else:                                                        # one token
+            cache.append(k, v, position)
+            y, kl = self.attention.decode(q, cache, position), None  # (B, H, 1, D)
+        y = getattr(self, self.out)(y.transpose(1, 2).flatten(2))    # (B, T, C)
         return y, kl, q, k, v
 
 
@@ -253,10 +262,10 @@ class OPTBlock(nn.Module):
         self.fc1 = nn.Linear(config.n_embd, config.n_ffn)
         self.fc2 = nn.Linear(config.n_ffn, config.n_embd)
 
-    def forward(self, x, rotary=None, teacher=None, cache=None):
+    def forward(self, x, rotary=None, teacher=None, cache=None, position=None):
         y, kl, q, k, v = self.self_attn(x if self.post_norm else self.self_attn_layer_norm(x),
-                                        rotary, teacher, cache)
-        x = x + y                                                    # (B, R, C)
+                                        rotary, teacher, cache, position)
+        x = x + y                                                    # (B, T, C)
         if self.post_norm:
             x = self.self_attn_layer_norm(x)
             x = self.final_layer_norm(x + self.mlp(x))
@@ -287,9 +296,9 @@ class LlamaBlock(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x, rotary=None, teacher=None, cache=None):
-        y, kl, q, k, v = self.self_attn(self.input_layernorm(x), rotary, teacher, cache)
-        x = x + y                                                    # (B, R, C)
+    def forward(self, x, rotary=None, teacher=None, cache=None, position=None):
+        y, kl, q, k, v = self.self_attn(self.input_layernorm(x), rotary, teacher, cache, position)
+        x = x + y                                                    # (B, T, C)
         x = x + self.mlp(self.post_attention_layernorm(x))
         return x, kl, y, q, k, v
 
@@ -305,8 +314,7 @@ class Transformer(nn.Module):
     loss ...
 
     teacher: for each layer the (q, k) whose attention the paper's estimate should match.
-    cache: from new_cache, holds the tokens before idx, and idx afterwards; for use under
-    torch.no_grad. trace: also return what each layer computed.
+    trace: also return what each layer computed.
     """
 
     def __init__(self, config):
@@ -348,44 +356,44 @@ class Transformer(nn.Module):
                 shrink = math.sqrt(2 * self.config.n_layer) if name.endswith(residual) else 1
                 nn.init.normal_(p, std=0.02 / shrink)
 
-    def forward(self, idx, targets=None, teacher=None, cache=None, trace=False):
-        past, room = (cache[0].T, cache[0].room) if cache else (0, self.config.context)
-        T = past + idx.shape[1]
-        if T > room:
-            raise ValueError(f"{T} tokens do not fit in this model's context, which has room "
-                             f"for {room}")
-        x, rotary = self.embed(idx, torch.arange(past, T, device=idx.device))     # (B, R, C)
+    def forward(self, idx, targets=None, teacher=None, trace=False):
+        x, rotary = self.embed(idx)                                              # (B, T, C)
 
-        none = [None] * len(self.layers)
         kls, layers = [], []
-        for block, queries_keys, kept in zip(self.layers, teacher or none, cache or none):
-            x, kl, *seen = block(x, rotary, queries_keys, kept)
+        for block, queries_keys in zip(self.layers, teacher or [None] * len(self.layers)):
+            x, kl, *seen = block(x, rotary, queries_keys)
             if kl is not None:
                 kls.append(kl)
             if trace:
                 layers.append(Layer(x, *seen))
 
-        logits = self.unembed(x)                                                 # (B, R, V)
+        logits = self.unembed(x)                                                 # (B, T, V)
         loss = None
         if targets is not None:
             loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
         return Output(logits, loss, torch.stack(kls).mean() if kls else None, layers)
 
-    def embed(self, idx, position):
-        """What the first layer gets (B, R, C), and cos and sin (2, R, D/2) of rotary positions, or
-        None."""
-        x = self.embed_tokens(idx)                                               # (B, R, E)
+    def embed(self, idx, position=None):
+        """What the first layer gets (B, T, C), and cos and sin (2, T, D/2) of rotary positions, or
+        None. position: of these tokens (T,), 0 to T - 1 if it is not given."""
+        T = idx.shape[1]
+        if T > self.config.context:
+            raise ValueError(f"{T} tokens do not fit in this model's context, which has room "
+                             f"for {self.config.context}")
+        if position is None:
+            position = torch.arange(T, device=idx.device)
+        x = self.embed_tokens(idx)                                               # (B, T, E)
         if self.config.architecture == "opt":
             return self.project_in(x) + self.embed_positions(position + POSITION_OFFSET), None
         D = self.config.head_dim
         rate = self.config.rope_base ** (-torch.arange(0, D, 2, device=x.device).float() / D)
-        angle = position[:, None] * rate                                         # (R, D/2)
+        angle = position[:, None] * rate                                         # (T, D/2)
         return x, torch.stack((angle.cos(), angle.sin()))
 
     def unembed(self, x):
-        """Logits (B, R, V) of the last layer's output (B, R, C)."""
+        """Logits (B, T, V) of the last layer's output (B, T, C)."""
         if self.config.architecture == "opt":
-            x = self.project_out(self.final_layer_norm(x))                       # (B, R, E)
+            x = self.project_out(self.final_layer_norm(x))                       # (B, T, E)
         else:
             x = self.norm(x)
         return F.linear(x, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)
@@ -447,59 +455,111 @@ class Transformer(nn.Module):
     # ----------------------------------------------------------------------------------------------
     # Generation
 
-    def new_cache(self, room=math.inf):
-        """An empty cache for `room` tokens, or for the context if that is less: one Cache a
-        layer."""
-        if self.config.attention not in CACHED:
-            raise ValueError(f"{self.config.attention} attention has no cache; "
-                             "forward the whole text again")
-        return [Cache(min(room, self.config.context)) for _ in self.layers]
+    @torch.no_grad()
+    def prefill(self, idx, room):
+        """Read a prompt (B, T) -> logits of its last token (B, V), and a cache a layer with room
+        for as many tokens in all."""
+        x, rotary = self.embed(idx)
+        caches = []
+        for block in self.layers:
+            x, _, _, _, k, v = block(x, rotary)
+            caches.append(block.self_attn.attention.new_cache(k, v, room))
+        return self.unembed(x[:, -1:])[:, 0], caches
 
     @torch.no_grad()
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, ids=None):
+    def decode(self, idx, position, caches):
+        """Read a token (B, 1) at position (1,) -> its logits (B, V). The caches keep it, too."""
+        x, rotary = self.embed(idx, position)
+        for block, cache in zip(self.layers, caches):
+            x, *_ = block(x, rotary, None, cache, position)
+        return self.unembed(x)[:, 0]
+
+    @torch.no_grad()
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, ids=None, graph=True):
         """Sample the tokens after idx (B, T), one (B, 1) at a time; temperature 0 takes the
         likeliest.
 
         When the context is full, the model starts again from the last half of it, read as a new
         prompt. ids: those to choose from; OPT has more rows in its vocabulary than its tokenizer
-        has tokens.
+        has tokens. graph: on a GPU, replay one CUDA graph for each token.
         """
         if idx.shape[1] == 0:
             raise ValueError("the prompt is empty; give one token at least")
         if temperature < 0 or (top_k is not None and top_k < 1):
             raise ValueError(f"temperature is {temperature}, top_k {top_k}; "
                              "they must be 0, and 1, or more")
+
+        def choose(logits):
+            return sample(logits, temperature, top_k, ids)
+
         context = self.config.context
-        cached = self.config.attention in CACHED
+        cached = hasattr(self.layers[0].self_attn.attention, "decode")
         text = idx[:, -context:]
-        new, cache = text, None
-        for _ in range(max_new_tokens):
+        while max_new_tokens > 0:
             if text.shape[1] > context:
                 text = text[:, -max(1, context // 2):]
-                new, cache = text, None
-            if cached and cache is None:
-                cache = self.new_cache()
-            logits = self(new if cached else text, cache=cache).logits[:, -1].float()       # (B, V)
-            new = sample(logits, temperature, top_k, ids)                                   # (B, 1)
-            text = torch.cat((text, new), 1)
-            yield new
+            last = min(context, text.shape[1] + max_new_tokens - 1)
+            tokens = self.from_cache if cached else self.from_text
+            for token in tokens(text, last, choose, graph and idx.is_cuda):
+                if (token < 0).any():
+                    raise FloatingPointError("the logits are no numbers: the model's weights are "
+                                             "spoilt")
+                text = torch.cat((text, token), 1)
+                max_new_tokens -= 1
+                yield token
+
+    def from_text(self, text, last, choose, graph):
+        """Tokens after text (B, T), until it has last + 1; each reads the whole text again."""
+        while text.shape[1] <= last:
+            token = choose(self(text).logits[:, -1])
+            text = torch.cat((text, token), 1)
+            yield token
+
+    def from_cache(self, text, last, choose, graph):
+        """The same from caches, by nothing that Python must know: so the steps are one graph."""
+        logits, caches = self.prefill(text, last)
+        token = choose(logits)                                                   # (B, 1)
+        yield token.clone()
+        position = torch.tensor([text.shape[1]], device=text.device)
+
+        def step():
+            token.copy_(choose(self.decode(token, position, caches)))
+            position.add_(1)
+
+        for i in range(text.shape[1], last):
+            step()
+            yield token.clone()
+            if graph and i == text.shape[1]:               # the first step has set everything up
+                step = captured(step)
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
         """Ids (B, T) -> (B, T + max_new_tokens), sampled by stream."""
         return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k)], 1)
 
 
+def captured(step):
+    """What a call of step does on the GPU, as one CUDA graph -> a function that does it again."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
 def sample(logits, temperature, top_k=None, ids=None):
-    """Choose a token of each row: logits (B, V) -> (B, 1)."""
-    if not logits.isfinite().all():
-        raise FloatingPointError("the logits are no numbers: the model's weights are spoilt")
+    """Choose a token of each row: logits (B, V) -> (B, 1), -1 where the logits are no numbers.
+
+    Nothing here waits for a GPU, so that it can be part of a CUDA graph.
+    """
+    numbers = logits.isfinite().all(-1, keepdim=True)
+    logits = logits.double()
     if ids is not None:
         logits = torch.full_like(logits, -torch.inf).index_copy(1, ids, logits[:, ids])
     if top_k is not None:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    # The largest logit becomes 0, so that no temperature, however small, makes infinities of it.
-    logits = (logits - logits.amax(-1, keepdim=True)).double() / temperature
-    return torch.multinomial(logits.softmax(-1), 1)
+    if temperature > 0:
+        # The largest of logits with Gumbel noise is a draw from their softmax. The largest logit
+        # becomes 0, so that no temperature, however small, makes infinities of it.
+        noise = -torch.empty_like(logits).exponential_().log()
+        logits = (logits - logits.amax(-1, keepdim=True)) / temperature + noise
+    return logits.argmax(-1, keepdim=True).where(numbers, -1)

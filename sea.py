@@ -75,10 +75,7 @@ def look_twice(q, k, block_size, keys_per_query, coarse):
     T = k.shape[2]
     first_row = T - R
     wide = block_size * coarse                                      # keys in a coarse block
-    n = max(1, keys_per_query // block_size)
-    # Several times what n blocks fill, since the best ones are scattered: one coarse block for each
-    # 16 keys of the budget; for each `wide` keys if that is less, so that a budget of T keeps all.
-    n_wide = max(8, keys_per_query // min(16, wide))
+    n, n_wide = budgets(block_size, keys_per_query, coarse)
 
     scores = block_scores(q, moments(k, block_size), block_size, first_row)      # (B, H, R, W)
 
@@ -96,6 +93,15 @@ def look_twice(q, k, block_size, keys_per_query, coarse):
     return select(scores, block_size, n, first_row)
 
 
+def budgets(block_size, keys_per_query, coarse):
+    """How many blocks a query chooses, and how many coarse blocks it looks into for them."""
+    n = max(1, keys_per_query // block_size)
+    # Several times what n blocks fill, since the best ones are scattered: one coarse block for each
+    # 16 keys of the budget; for each block_size * coarse if that is less, so that all keep all.
+    n_wide = max(8, keys_per_query // min(16, block_size * coarse))
+    return n, n_wide
+
+
 def moments(k, block_size):
     """Mean and half the variance of each complete block's keys.
 
@@ -109,27 +115,28 @@ def moments(k, block_size):
     return torch.cat((mean, variance / 2), -1)
 
 
-def block_scores(q, block_moments, block_size, first_row=0):
+def block_scores(q, block_moments, block_size, first_row=0, block=None):
     """Log of the estimated mass of each block, up to a constant of the row.
 
     For the keys k of a block, log mean exp(q.k) = q.mean + var(q.k) / 2 + ..., the cumulants (exact
     if they are normal). With a diagonal covariance it is (q, q*q) . (mean, variance / 2): features
     of q times features of the keys, summed before any query is known, as in linear attention.
 
-    q (B, H, R, D), scaled, holds rows first_row .. of T; block_moments (B, Hkv, W, 2D)
-    -> (B, H, R, W), -inf from the query's own block on.
+    q (B, H, R, D), scaled, holds rows first_row .. of T; block_moments (B, Hkv, W, 2D), of blocks
+    0 .. W - 1 or of those numbered by `block` -> (B, H, R, W), -inf from the query's own block on.
     """
     R = q.shape[2]
-    W = block_moments.shape[2]
+    if block is None:
+        block = torch.arange(block_moments.shape[2], device=q.device)
     block_moments = block_moments.repeat_interleave(q.shape[1] // block_moments.shape[1], 1)
     q = q.to(block_moments.dtype)
     with torch.autocast(q.device.type, enabled=False):              # small differences decide
         scores = torch.cat((q, q * q), -1) @ block_moments.mT       # (B, H, R, W)
-    future = torch.arange(W, device=q.device) >= own_block(R, first_row, block_size, q.device)
+    future = block >= own_block(R, first_row, block_size, q.device)
     return scores.masked_fill(future, -torch.inf)
 
 
-def select(scores, block_size, n, first_row=0):
+def select(scores, block_size, n, first_row=0, block=None):
     """Block 0, the block before the own one, and beside these the n with the largest scores.
 
     scores (B, H, R, W) must be -inf from the own block on; another that is -inf is taken only if it
@@ -137,7 +144,8 @@ def select(scores, block_size, n, first_row=0):
     all numbers; all are taken if fewer than n remain.
     """
     R, W = scores.shape[2:]
-    block = torch.arange(W, device=scores.device)
+    if block is None:
+        block = torch.arange(W, device=scores.device)
     own = own_block(R, first_row, block_size, scores.device)                     # (R, 1)
     # A pretrained model parks attention on its first token, and neighbours matter to any model.
     fixed = (block < own) & ((block == 0) | (block == own - 1))                  # (R, W)
@@ -193,6 +201,99 @@ def check(q, k, v, block_size, keys_per_query, coarse=1):
     for name, value in settings.items():
         if type(value) is not int or value < 1:
             raise ValueError(f"{name} is {value}; it must be a whole number, 1 or more")
+
+
+# --------------------------------------------------------------------------------------------------
+# One token at a time
+
+class Cache:
+    """Keys, values and moments of a layer's tokens, in shapes that do not change as it fills.
+
+    k, v (B, Hkv, T, D) of the tokens so far; room: how many there may be in all. What is in blocks
+    that are not complete does not count, so zeros may stand there.
+    """
+
+    def __init__(self, k, v, room, block_size=8, coarse=8):
+        wide = block_size * coarse
+        rest = max(room, k.shape[2]) - k.shape[2]
+        rest += -(k.shape[2] + rest) % wide                         # whole coarse blocks
+        self.block_size = block_size
+        self.coarse = coarse
+        self.k = F.pad(k, (0, 0, 0, rest))                          # (B, Hkv, room, D)
+        self.v = F.pad(v, (0, 0, 0, rest))
+        if k.is_cuda and backend == "triton":
+            self.moments, self.wide_moments = kernels.moments(self.k, block_size, coarse)
+        else:
+            self.moments = moments(self.k, block_size)              # (B, Hkv, room / S, 2D)
+            self.wide_moments = moments(self.k, wide)
+
+    def append(self, k, v, position):
+        """Keep k, v (B, Hkv, 1, D) of the token at position (1,), and its blocks' new moments."""
+        if k.is_cuda and backend == "triton":
+            return kernels.append(self, k, v, position)
+        self.k.index_copy_(2, position, k)
+        self.v.index_copy_(2, position, v)
+        wide = self.block_size * self.coarse
+        for size, kept in (self.block_size, self.moments), (wide, self.wide_moments):
+            block = position // size                                             # (1,)
+            keys = block * size + torch.arange(size, device=k.device)
+            kept.index_copy_(2, block, moments(self.k.index_select(2, keys), size))
+
+
+@torch.no_grad()
+def decode(q, cache, position, keys_per_query=48, scale=None):
+    """sea_attention of the token at position (1,), which the cache holds: q (B, H, 1, D) -> alike.
+
+    Nothing but numbers depends on the position, no shape and no branch, so that a GPU runs it as
+    one CUDA graph. It is look_twice by lists of blocks in place of masks.
+    """
+    if q.is_cuda and backend == "triton":
+        return kernels.decode(q, cache, position, keys_per_query, scale)
+    S = cache.block_size
+    wide = S * cache.coarse
+    n, n_wide = budgets(S, keys_per_query, cache.coarse)
+    q = q * (q.shape[3] ** -0.5 if scale is None else scale)
+
+    # First look: a list of coarse blocks.
+    scores = block_scores(q, cache.wide_moments, wide, position)                 # (B, H, 1, room/SZ)
+    near = select(scores, wide, n_wide, position)
+    near |= torch.arange(near.shape[3], device=q.device) == position // wide
+    near, real = numbers(near, n_wide + 3)                                       # (B, H, 1, n_wide+3)
+
+    # Second look: the blocks in them. An entry that is not real gets a number after all blocks.
+    block = inside(near, cache.coarse)                                           # (B, H, 1, L)
+    block_moments = rows_of(cache.moments, block)                                # (B, H, L, 2D)
+    block = block.masked_fill(~real.repeat_interleave(cache.coarse, -1), cache.k.shape[2])
+    scores = block_scores(q, block_moments, S, position, block)                  # (B, H, 1, L)
+    place, real = numbers(select(scores, S, n, position, block), n + 2)
+    chosen = block.gather(-1, place).masked_fill(~real, 0)                       # (B, H, 1, n+2)
+
+    # Attend to them and to the own block.
+    own = (position // S).expand(*chosen.shape[:3], 1)
+    keys = inside(torch.cat((chosen, own), -1), S)                               # (B, H, 1, keys)
+    mask = F.pad(real, (0, 1), value=True).repeat_interleave(S, -1) & (keys <= position)
+    k = rows_of(cache.k, keys)                                                   # (B, H, keys, D)
+    v = rows_of(cache.v, keys)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+
+
+def numbers(chosen, most):
+    """The first `most` numbers of what is chosen (..., W) bool, ascending, and which are real."""
+    first = chosen.byte().argsort(dim=-1, descending=True, stable=True)[..., :most]
+    return first, chosen.gather(-1, first)
+
+
+def inside(block, size):
+    """What lies inside blocks (..., n) of that size: (..., n size)."""
+    return (block[..., None] * size + torch.arange(size, device=block.device)).flatten(-2)
+
+
+def rows_of(x, index):
+    """Rows index (B, H, 1, n) of x (B, Hkv, N, E), whose heads are shared -> (B, H, n, E)."""
+    B, H = index.shape[:2]
+    b = torch.arange(B, device=x.device)[:, None, None]
+    h = torch.arange(H, device=x.device)[:, None] // (H // x.shape[1])
+    return x[b, h, index[:, :, 0]]
 
 
 # --------------------------------------------------------------------------------------------------

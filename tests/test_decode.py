@@ -2,14 +2,15 @@
 import pytest
 import torch
 
-from model import CACHED, Config, Transformer
+import sea
+from model import ATTENTIONS, Config, Transformer
 
 T = 100      # of 33 blocks of 3 keys, and one that is begun
 KINDS = {"sea, S 3": dict(block_size=3, keys_per_query=6), "sea, S 1": dict(block_size=1, keys_per_query=4),
          "sea, S 16": dict(block_size=16), "sea, many keys": dict(block_size=4, keys_per_query=40),
          "dense": dict(attention="dense"), "window": dict(attention="window", keys_per_query=8),
          "paper": dict(attention="paper", block_size=3), "performer": dict(attention="performer")}
-KEPT = [kind for kind in KINDS if KINDS[kind].get("attention", "sea") in CACHED]
+KEPT = [kind for kind in KINDS if hasattr(ATTENTIONS[KINDS[kind].get("attention", "sea")], "decode")]
 ARCHITECTURES = dict(opt=dict(n_head=2), llama=dict(n_head=6, n_kv_head=2))
 
 
@@ -30,11 +31,13 @@ def text(T, B=2):
 
 
 @torch.no_grad()
-def in_pieces(model, idx, sizes):
-    """Logits of idx, fed through a cache in pieces of these sizes, then a token at a time."""
-    cache = model.new_cache()
-    sizes = [*sizes, *[1] * (idx.shape[1] - sum(sizes))]
-    return torch.cat([model(piece, cache=cache).logits for piece in idx.split(sizes, 1)], 1)
+def token_by_token(model, idx, prompt, room=None):
+    """Logits (B, T - prompt + 1, V) of idx from the prompt's last token on, each from the cache."""
+    last, caches = model.prefill(idx[:, :prompt], room or idx.shape[1])
+    out = [last]
+    for i in range(prompt, idx.shape[1]):
+        out.append(model.decode(idx[:, i:i + 1], torch.tensor([i]), caches))
+    return torch.stack(out, 1)
 
 
 def logits(model, idx):
@@ -53,35 +56,50 @@ def greedy(model, idx, steps):
 
 @pytest.mark.parametrize("kind", KEPT)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_token_alone_has_the_logits_of_the_full_forward(kind, architecture):
+@pytest.mark.parametrize("B", [1, 3])
+def test_every_token_alone_has_the_logits_of_the_full_forward(kind, architecture, B):
     model = make(kind, architecture, dtype=torch.float64)
-    full = logits(model, text(T))
+    full = logits(model, text(T, B))
     assert full.std() > 0.5
-    for sizes in ([], [1, 2, 30, 1, 1, 5, 50]):
-        assert (in_pieces(model, text(T), sizes) - full).abs().max() < 1e-9
+    for prompt, room in (1, None), (50, None), (T - 1, 160):
+        one = token_by_token(model, text(T, B), prompt, room)
+        assert (one - full[:, prompt - 1:]).abs().max() < 1e-9
 
 
 @pytest.mark.parametrize("kind", KEPT)
-@pytest.mark.parametrize("prefill", [15, 16, 17])
-def test_after_a_prefill_in_float32(kind, prefill):
-    model, idx = make(kind), text(prefill + 20)
-    assert (in_pieces(model, idx, [prefill]) - logits(model, idx)).abs().max() < 1e-4
+@pytest.mark.parametrize("prompt", [15, 16, 17])
+def test_after_a_prompt_in_float32(kind, prompt):
+    model, idx = make(kind), text(prompt + 20)
+    full = logits(model, idx)[:, prompt - 1:]
+    assert (token_by_token(model, idx, prompt) - full).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("forgotten", ["T", "k", "v"])
-def test_all_that_a_layer_keeps_is_needed(forgotten):
+@pytest.mark.parametrize("kept", ["k", "v", "moments", "wide_moments"])
+def test_all_that_a_layer_keeps_is_needed(kept):
     """What the tests above would say if the cache lost one thing between two tokens."""
-    model, idx = make("sea, S 3"), text(100)
-    cache = model.new_cache()
-    with torch.no_grad():
-        model(idx[:, :50], cache=cache)
-        for kept in cache:
-            if forgotten == "T":
-                kept.T -= 1
-            else:
-                getattr(kept, forgotten)[:, :, :20] = 0
-        out = torch.cat([model(token, cache=cache).logits for token in idx[:, 50:].split(1, 1)], 1)
-    assert (out - logits(model, idx)[:, 50:]).abs().max() > 1e-3
+    model, idx = make("sea, S 3", n_layer=1), text(100)
+    model.config.keys_per_query = 3
+    _, caches = model.prefill(idx[:, :99], 100)
+    for cache in caches:
+        getattr(cache, kept)[:, :, :8] *= -1
+    out = model.decode(idx[:, 99:], torch.tensor([99]), caches)
+    assert (out - logits(model, idx)[:, 99]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("S, K, Z", [(1, 1, 1), (3, 6, 2), (4, 8, 3), (8, 48, 8), (16, 64, 4), (4, 200, 2)])
+@pytest.mark.parametrize("group", [1, 3])
+def test_decode_is_the_last_row_of_sea_attention(S, K, Z, group):
+    """Also where coarse blocks are many, so that the first look leaves some out."""
+    torch.manual_seed(S)
+    q, k, v = torch.randn(3, 2, 2 * group, 400, 16, dtype=torch.float64)
+    k, v = k[:, :2], v[:, :2]
+    cache = sea.Cache(k[:, :, :380], v[:, :, :380], 400, S, Z)
+    for i in range(380, 400):
+        position = torch.tensor([i])
+        cache.append(k[:, :, i:i + 1], v[:, :, i:i + 1], position)
+        out = sea.decode(q[:, :, i:i + 1], cache, position, K)
+        full = sea.sea_attention(q[:, :, i:i + 1], k[:, :, :i + 1], v[:, :, :i + 1], S, K, Z)
+        assert (out - full).abs().max() < 1e-12
 
 
 # ---- the same text
@@ -119,15 +137,17 @@ def test_a_context_of_one_token():
     assert make("sea, S 3", context=1).generate(text(1), 3).shape == (2, 4)
 
 
-def test_a_cache_says_when_it_is_full():
+def test_a_text_longer_than_the_context():
     model = make("dense", context=24)
-    for cache, room in (model.new_cache(), 24), (model.new_cache(7), 7), (model.new_cache(99), 24):
-        with torch.no_grad():
-            model(text(room), cache=cache)
-            with pytest.raises(ValueError, match=f"{room + 1} tokens"):
-                model(text(1), cache=cache)
-    with pytest.raises(ValueError, match="performer"):
-        make("performer").new_cache()
+    with pytest.raises(ValueError, match="25 tokens"):
+        model.prefill(text(25), 30)
+
+
+def test_weights_that_are_no_numbers_are_told():
+    model = make("sea, S 3")
+    model.embed_tokens.weight.data[5] = torch.nan
+    with pytest.raises(FloatingPointError, match="no numbers"):
+        model.generate(torch.tensor([[5, 6]]), 3)
 
 
 # ---- choosing among the logits, and among the keys
@@ -176,5 +196,5 @@ def test_keys_per_query_may_change_at_any_time():
     model.config.keys_per_query = 30
     many = logits(model, idx)
     assert (many - few).abs().max() > 1e-2
-    assert (in_pieces(model, idx, [50]) - many).abs().max() < 1e-9
+    assert (token_by_token(model, idx, 50) - many[:, 49:]).abs().max() < 1e-9
     assert torch.equal(logits(make("sea, S 3", dtype=torch.float64, keys_per_query=30), idx), many)
