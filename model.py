@@ -475,13 +475,13 @@ class Transformer(nn.Module):
         return self.unembed(x)[:, 0]
 
     @torch.no_grad()
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, ids=None, graph=True):
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, ids=None):
         """Sample the tokens after idx (B, T), one (B, 1) at a time; temperature 0 takes the
         likeliest.
 
         When the context is full, the model starts again from the last half of it, read as a new
         prompt. ids: those to choose from; OPT has more rows in its vocabulary than its tokenizer
-        has tokens. graph: on a GPU, replay one CUDA graph for each token.
+        has tokens.
         """
         if idx.shape[1] == 0:
             raise ValueError("the prompt is empty; give one token at least")
@@ -500,7 +500,7 @@ class Transformer(nn.Module):
                 text = text[:, -max(1, context // 2):]
             last = min(context, text.shape[1] + max_new_tokens - 1)
             tokens = self.from_cache if cached else self.from_text
-            for token in tokens(text, last, choose, graph and idx.is_cuda):
+            for token in tokens(text, last, choose):
                 if (token < 0).any():
                     raise FloatingPointError("the logits are no numbers: the model's weights are "
                                              "spoilt")
@@ -508,41 +508,28 @@ class Transformer(nn.Module):
                 max_new_tokens -= 1
                 yield token
 
-    def from_text(self, text, last, choose, graph):
+    def from_text(self, text, last, choose):
         """Tokens after text (B, T), until it has last + 1; each reads the whole text again."""
         while text.shape[1] <= last:
             token = choose(self(text).logits[:, -1])
             text = torch.cat((text, token), 1)
             yield token
 
-    def from_cache(self, text, last, choose, graph):
-        """The same from caches, by nothing that Python must know: so the steps are one graph."""
+    def from_cache(self, text, last, choose):
+        """The same from caches, in steps of constant shapes that wait for nothing."""
         logits, caches = self.prefill(text, last)
         token = choose(logits)                                                   # (B, 1)
-        yield token.clone()
+        yield token
         position = torch.tensor([text.shape[1]], device=text.device)
 
-        def step():
-            token.copy_(choose(self.decode(token, position, caches)))
-            position.add_(1)
-
-        for i in range(text.shape[1], last):
-            step()
-            yield token.clone()
-            if graph and i == text.shape[1]:               # the first step has set everything up
-                step = captured(step)
+        for _ in range(text.shape[1], last):
+            token = choose(self.decode(token, position, caches))
+            position += 1
+            yield token
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
         """Ids (B, T) -> (B, T + max_new_tokens), sampled by stream."""
         return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k)], 1)
-
-
-def captured(step):
-    """What a call of step does on the GPU, as one CUDA graph -> a function that does it again."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
 
 
 def sample(logits, temperature, top_k=None, ids=None):

@@ -221,16 +221,11 @@ class Cache:
         self.coarse = coarse
         self.k = F.pad(k, (0, 0, 0, rest))                          # (B, Hkv, room, D)
         self.v = F.pad(v, (0, 0, 0, rest))
-        if k.is_cuda and backend == "triton":
-            self.moments, self.wide_moments = kernels.moments(self.k, block_size, coarse)
-        else:
-            self.moments = moments(self.k, block_size)              # (B, Hkv, room / S, 2D)
-            self.wide_moments = moments(self.k, wide)
+        self.moments = moments(self.k, block_size)                  # (B, Hkv, room / S, 2D)
+        self.wide_moments = moments(self.k, wide)
 
     def append(self, k, v, position):
         """Keep k, v (B, Hkv, 1, D) of the token at position (1,), and its blocks' new moments."""
-        if k.is_cuda and backend == "triton":
-            return kernels.append(self, k, v, position)
         self.k.index_copy_(2, position, k)
         self.v.index_copy_(2, position, v)
         wide = self.block_size * self.coarse
@@ -244,11 +239,9 @@ class Cache:
 def decode(q, cache, position, keys_per_query=48, scale=None):
     """sea_attention of the token at position (1,), which the cache holds: q (B, H, 1, D) -> alike.
 
-    Nothing but numbers depends on the position, no shape and no branch, so that a GPU runs it as
-    one CUDA graph. It is look_twice by lists of blocks in place of masks.
+    Nothing but numbers depends on the position, no shape and no branch, so that a GPU can
+    run it as one CUDA graph. It is look_twice by lists of blocks in place of masks.
     """
-    if q.is_cuda and backend == "triton":
-        return kernels.decode(q, cache, position, keys_per_query, scale)
     S = cache.block_size
     wide = S * cache.coarse
     n, n_wide = budgets(S, keys_per_query, cache.coarse)
