@@ -11,7 +11,6 @@ import os
 import shutil
 import signal
 import sys
-import time
 import zipfile
 import zlib
 from contextlib import contextmanager, nullcontext, suppress
@@ -24,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sea
 from data import hub
-from data.common import (any_output, encoding, fail, first_line, number, one_line, random_batch,
+from data.common import (any_output, encoding, fail, first_line, one_line, random_batch,
                          whole_file)
 from model import Config, Transformer
 
@@ -32,33 +31,6 @@ RANK = int(os.environ.get("RANK", 0))                     # as torchrun sets the
 RANKS = int(os.environ.get("WORLD_SIZE", 1))
 # Flags that do not touch a run's numbers: it may go on with others.
 RUNNING = "out resume overwrite device kernels eval_windows save_minutes".split()
-
-
-# --------------------------------------------------------------------------------------------------
-# Flags
-
-def add_flags(parser):
-    """The flags that say where a script runs and what it keeps."""
-    add = parser.add_argument_group("running").add_argument
-    add("--accumulate", type=number(int, 1, 10000), default=1,
-        help="micro-batches in a step, on each GPU")
-    add("--out", default="", help="folder for ckpt.pt, named after what it holds")
-    add("--resume", action="store_true", help="go on from the ckpt.pt of the same flags")
-    add("--overwrite", action="store_true", help="start again where there is a ckpt.pt")
-    add("--save-minutes", type=number(float, 0), default=10., help="between checkpoints")
-    add("--device", default="auto", choices=("auto", "cuda", "cpu"), help="auto: a GPU if any")
-    add("--no-kernels", dest="kernels", action="store_false",
-        help="plain PyTorch on a GPU, for edits of sea.py: no Triton, no compiler")
-
-
-def parse(parser, presets):
-    """Flags and device; what is not given has the value of the device's preset."""
-    parser.set_defaults(**presets[pick_device("auto")])           # --help shows them
-    device = pick_device(parser.parse_args().device)
-    parser.set_defaults(**presets[device])
-    args = parser.parse_args()
-    args.device = device
-    return args
 
 
 # --------------------------------------------------------------------------------------------------
@@ -79,18 +51,16 @@ def pick_precision(device):
 
 
 def pick_backend(device, kernels):
-    """Kernels or plain PyTorch, from now on: "triton" or "torch"."""
+    """Kernels or plain PyTorch, from now on -> what to tell about it."""
     if not kernels:
         sea.use_kernels(False)
-    return sea.backend if device == "cuda" else "torch"
+    return f"{sea.backend if device == 'cuda' else 'torch'} backend"
 
 
-def compile_blocks(*models, backend="inductor"):
-    """From now on the models' blocks run compiled. Equal blocks share a compilation, of seconds; of
-    a whole model it takes as many times longer as there are blocks."""
-    for model in models:
-        for block in model.layers:
-            block.compile(backend=backend)
+def compiled(model):
+    """The model under torch.compile, which needs what the kernels need: Triton and a GPU."""
+    on_gpu = next(model.parameters()).is_cuda
+    return torch.compile(model) if on_gpu and sea.backend == "triton" else model
 
 
 def peak_memory(device):
@@ -159,17 +129,13 @@ def step_batches(tokens, context, args, step):
     """This rank's micro-batches of a step: inputs and targets (B, T)."""
     first = args.seed * 10 ** 9 + (step * RANKS + RANK) * args.accumulate
     seeds = range(first, first + args.accumulate)
-    batches = [random_batch(tokens, context, args.batch_size, seed, "cpu") for seed in seeds]
-    if args.device == "cpu":
-        return batches
-    # From pinned memory they are copied while the GPU still works.
-    return [[x.pin_memory().to(args.device, non_blocking=True) for x in batch] for batch in batches]
+    return [random_batch(tokens, context, args.batch_size, seed, args.device) for seed in seeds]
 
 
-def check_finite(norm, step):
+def check_finite(norm, step, hint="try a lower --lr"):
     """Stop before a step that would spoil the weights. It waits for the GPU."""
     if not norm.isfinite():
-        fail(f"the gradient's norm is {norm:.4g}; this is step {step}: try a lower --lr")
+        fail(f"the gradient's norm is {norm:.4g}; this is step {step}: {hint}")
 
 
 class Stop:
@@ -192,43 +158,10 @@ class Stop:
     def __bool__(self):
         return self.signal > 0
 
-
-class Keeper:
-    """Holds a run's folder and keeps its checkpoint; with --resume, brings all to where it was.
-
-    settings: of settings_of. content: what else a checkpoint holds, beside what it held before.
-    """
-
-    def __init__(self, args, model, optimizer, settings, **content):
-        self.lock = own_folder(args)             # held until this process ends
-        self.path = args.out / "ckpt.pt"
-        self.args = args
-        self.model = model
-        self.optimizer = optimizer
-        self.settings = settings
-        self.content = dict(content, data=args.data)
-        self.step = 0
-        if args.resume:
-            saved, self.step = resume(self.path, model, optimizer, settings)
-            self.content = saved | self.content
-
-    def steps(self):
-        """The numbers of the steps to do. Between steps it saves: by the clock, after the last
-        one, and after a signal, which ends the run."""
-        stop = Stop()
-        saved = time.time()
-        last = self.args.steps
-        for step in range(self.step + 1, last + 1):
-            yield step
-            stopped = any_rank(stop, self.args.device)
-            if stopped or step == last or time.time() - saved > 60 * self.args.save_minutes:
-                save_checkpoint(self.path, self.model, step=step, settings=self.settings,
-                                optimizer=self.optimizer.state_dict(), **self.content)
-                saved = time.time()
-            if stopped:
-                say(f"{self.path} holds step {step} of {last}; "
-                    "the same command with --resume goes on")
-                raise SystemExit(128 + (stop.signal or signal.SIGINT))
+    def leave(self, path, step, steps):
+        """The end of a run that was stopped."""
+        say(f"{path} holds step {step} of {steps}; the same command with --resume goes on")
+        raise SystemExit(128 + (self.signal or signal.SIGINT))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -356,26 +289,23 @@ def settings_of(args, tokens):
     return fixed | dict(data=fingerprint(tokens), accumulate=args.accumulate * RANKS)
 
 
-def resume(path, model, optimizer, settings):
-    """Bring both to where a run of these settings was saved -> the rest of its checkpoint, and its
-    step."""
+def resume(path, model, optimizers, settings):
+    """Bring all to where a run of these settings was saved, and return the rest of its
+    checkpoint."""
     found, saved = load_checkpoint(path, "cpu")
-    if "optimizer" not in saved:
+    if "optimizers" not in saved:
         fail(f"{path} holds no state of an optimizer; leave --resume out")
     with checkpoint_of_ours(path):
-        check_same_run(path, saved.pop("settings"), settings)
-        step = int(saved.pop("step"))
-        if not 0 < step <= settings["steps"]:
-            raise ValueError(f"it is of step {step}")
-        if step == settings["steps"]:
-            say(f"{path} holds all {step} steps; nothing is left to do")
+        check_same_run(path, saved["settings"], settings)
+        if not 0 < int(saved["step"]) <= settings["steps"]:
+            raise ValueError(f"it is of step {saved['step']}")
+        if saved["step"] == settings["steps"]:
+            say(f"{path} holds all {saved['step']} steps; nothing is left to do")
             raise SystemExit(0)
         model.load_state_dict(found.state_dict())
-        optimizer.load_state_dict(saved.pop("optimizer"))
-        for p, kept in optimizer.state.items():       # torch does not check whose states they are
-            if not all(x.shape in (p.shape, ()) for x in kept.values()):
-                raise ValueError("its optimizer is of other weights")
-    return saved, step
+        for optimizer, state in zip(optimizers, saved.pop("optimizers"), strict=True):
+            load_optimizer(optimizer, state)
+    return saved
 
 
 def check_same_run(path, before, now):
@@ -389,6 +319,14 @@ def check_same_run(path, before, now):
         more = "; --lr falls over all --steps, so with other --steps every step is another one"
     fail(f"{path} is of another run ({'; '.join(changed)}); take the flags and data of that run, "
          f"or another --out without --resume{more}")
+
+
+def load_optimizer(optimizer, state):
+    """Its states must be those of its weights, which torch does not check."""
+    optimizer.load_state_dict(state)
+    for p, kept in optimizer.state.items():
+        if not all(x.shape in (p.shape, ()) for x in kept.values()):
+            raise ValueError("its optimizer is of other weights")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """A run goes on: after a kill, after Ctrl-C, after a full disk, and on two processes as on one."""
 import argparse
+import csv
 import os
 import random
 import re
@@ -93,14 +94,9 @@ def assert_same_weights(one, other):
     assert all(one[name].equal(other[name]) for name in one)
 
 
-def told(out):
-    """The losses that a run of train.py printed after each step, but for those of the validations."""
-    return {step: float(loss) for step, loss in re.findall(r"^step (\d+)/\d+  loss ([\d.]+)", out, re.M)}
-
-
-def final(out):
-    """The last line, but for the time and the memory."""
-    return re.sub(r" seconds .*", "", out.splitlines()[-1])
+def rows(path):
+    """What log.csv says of each step, but for the times and the memory."""
+    return [row[:5] for row in csv.reader(open(path))]
 
 
 class Killed(BaseException):
@@ -128,8 +124,7 @@ def fall():
 
 @pytest.mark.parametrize("line", [TRAIN, f"{TRAIN} --attention paper --accumulate 2", DISTILL])
 def test_a_killed_run_that_goes_on_is_the_whole_run_to_the_bit(line, folder, monkeypatch, capsys):
-    status, whole, _ = run(f"{line} --out whole", monkeypatch, capsys)
-    assert status == 0
+    assert run(f"{line} --out whole", monkeypatch, capsys)[0] == 0
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_in_step(6, patch, fall)
         run(f"{line} --out parts", patch, capsys)
@@ -137,7 +132,8 @@ def test_a_killed_run_that_goes_on_is_the_whole_run_to_the_bit(line, folder, mon
     status, out, _ = run(f"{line} --out parts --resume", monkeypatch, capsys)
     assert status == 0 and calls == [6] and "final:" in out
     assert_same_weights("whole/ckpt.pt", "parts/ckpt.pt")
-    assert final(whole) == final(out)
+    if line.startswith("train"):
+        assert rows("whole/log.csv") == rows("parts/log.csv") and len(rows("parts/log.csv")) == 7
     status, out, _ = run(f"{line} --out parts --resume", monkeypatch, capsys)
     assert status == 0 and "nothing is left" in out and "step 6" not in out
 
@@ -154,8 +150,7 @@ def test_training_draws_no_random_numbers_but_its_batches(folder, monkeypatch, c
 
 @pytest.mark.parametrize("line, more, hint", [
     (TRAIN, "--n-embd 64", "n_embd was 32"), (TRAIN, "--attention dense", "attention was sea"),
-    (TRAIN, "--steps 8", "steps was 6.*falls over all --steps"), (TRAIN, "--lr 1", "lr was"),
-    (TRAIN, "--seed 2", "seed was 1337"),
+    (TRAIN, "--steps 8", "steps was 6.*falls over all --steps"), (TRAIN, "--lr 1", "lr was"), (TRAIN, "--seed 2", "seed was 1337"),
     (TRAIN, "--accumulate 2", "accumulate was 1"), (TRAIN, "--data other", "data was"),
     (TRAIN, "--seed 2 --lr 1", "lr was 0.0[0-9]*, now 1.0; seed was 1337, now 2"),
     (TRAIN, "--out nowhere", "leave --resume out"), (TRAIN, "--out .", "leave --resume out"),
@@ -201,6 +196,18 @@ def test_what_does_not_touch_the_numbers_may_change(line, folder, monkeypatch, c
     line = f"{line} --resume --out elsewhere --data moved --save-minutes 5 {more}"
     assert run(line, monkeypatch, capsys)[0] == 0
     assert_same_weights("whole/ckpt.pt", "elsewhere/ckpt.pt")
+
+
+def test_the_log_goes_on_whatever_is_in_it(folder, monkeypatch, capsys):
+    run(TRAIN, monkeypatch, capsys)
+    log = Path("out/log.csv")
+    whole = log.read_text().splitlines()
+    log.write_bytes("\n".join([*whole, "7,1,1,1,1,1,1,1", "\u00b2,,,,,,,", "1"]).encode() + b"\xff,\0")
+    train.open_log(log, 4)
+    assert log.read_text().splitlines() == whole[:5]
+    log.unlink()
+    train.open_log(log, 4)
+    assert log.read_text().splitlines() == whole[:1]
 
 
 # ---- saving
@@ -258,6 +265,7 @@ def test_sigkill_then_resume_in_processes_of_their_own(folder, monkeypatch, caps
         kill_in_step(stop, monkeypatch, fall)
         with pytest.raises(Killed):
             run(f"{line} --out {out}{more}", monkeypatch, capsys)
+    assert rows("killed/log.csv") == rows("whole/log.csv") and len(rows("whole/log.csv")) == stop
     assert_same_weights("killed/ckpt.pt", "whole/ckpt.pt")
 
 
@@ -311,13 +319,16 @@ def test_a_full_disk_leaves_the_last_checkpoint(line, folder, monkeypatch, capsy
     assert engine.load_checkpoint("out/ckpt.pt", "cpu")[1]["step"] == 3 and not list(folder.glob("*/*.part"))
 
 
-@pytest.mark.parametrize("where", ["torch.save", "fsync"])
+@pytest.mark.parametrize("where", ["torch.save", "fsync", "log"])
 def test_a_disk_that_is_full_elsewhere(where, folder, monkeypatch, capsys):
     def full(*args):
         raise OSError(28, "No space left on device")
 
     def fill():
-        monkeypatch.setattr(*{"torch.save": (torch, "save"), "fsync": (os, "fsync")}[where], full)
+        if where == "log":
+            monkeypatch.setattr(train, "report", full)
+        else:
+            monkeypatch.setattr(*{"torch.save": (torch, "save"), "fsync": (os, "fsync")}[where], full)
     kill_in_step(4, monkeypatch, fill)
     status, _, err = run(TRAIN, monkeypatch, capsys)
     assert status == 2 and "No space left" in err and one_line(err)
@@ -377,15 +388,18 @@ def test_two_processes_are_one_with_twice_the_accumulation(folder, monkeypatch, 
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     two = subprocess.Popen([*torchrun, "driver.py"], text=True, env=ENVIRONMENT, stdout=subprocess.PIPE,
                            stderr=subprocess.STDOUT)
-    alone = ""
     for line in (TRAIN, DISTILL):
-        status, out, _ = run(f"{line} --out one-{line.split()[0]} --accumulate 4{whole}", monkeypatch, capsys)
-        alone += out
+        assert run(f"{line} --out one-{line.split()[0]} --accumulate 4{whole}", monkeypatch, capsys)[0] == 0
     printed, _ = two.communicate(timeout=120)
     print(printed)
     assert two.returncode == 0 and printed.count("status 130") == 2 == printed.count("final:")
     assert printed.count("step 6/6") == 2                                # only the first one prints
-    assert told(printed) == pytest.approx(told(alone), abs=2e-4) and len(told(alone)) == 6
+    
+    def numbers(path):
+        return [[float(x or 0) for x in row] for row in rows(path)[1:]]
+
+    for one, two in zip(numbers("one-train/log.csv"), numbers("train/log.csv"), strict=True):
+        assert two == pytest.approx(one, abs=1e-4)
     val = data.common.load("tiny")[1]
     for name in ("train", "distill"):
         models = [engine.load_checkpoint(f"{out}/ckpt.pt", "cpu")[0] for out in (f"one-{name}", name)]
