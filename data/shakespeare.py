@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # where the package data is found
-from data.common import Parser, any_output, download, make_folder, write
+from data.common import Parser, any_output, fetched, write
 from data.text import read
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -19,10 +19,7 @@ def main():
     parser.add_argument("--tokenizer", default="bytes", help="bytes (no download), gpt2 or opt")
     args = parser.parse_args()
 
-    path = make_folder("shakespeare") / "input.txt"
-    if not path.exists():
-        download(args.url, path)
-    text = read(path)
+    text = read(fetched(args.url, "shakespeare", "input.txt"))
     cut = max(1, len(text) * 9 // 10)
     write("shakespeare", dict(train=text[:cut], val=text[cut:]), args.tokenizer, args.url)
 

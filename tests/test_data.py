@@ -14,13 +14,18 @@ import numpy as np
 import pytest
 import torch
 
-from data import common, gguf, hub, smollm2, text, wikipedia
+from data import common, download, gguf, hub, safetensors, smollm2, text, wikipedia
 
 GOLDEN = Path(__file__).parent / "golden" / "tokenizer"
 WEIGHTS = {"model.embed_tokens.weight": torch.arange(12.).view(4, 3) / 7,
            "model.norm.weight": torch.tensor([1.5, -2., 3e-5]).bfloat16(),
            "model.layers.0.x.weight": torch.tensor([[0.1, 65504.]]).half()}
 SHAPES = {"embed_tokens.weight": (4, 3), "norm.weight": (3,), "layers.0.x.weight": (1, 2)}
+
+
+def write_safetensors(path, weights):
+    with open(path, "wb") as file:
+        safetensors.write(file, weights)
 
 
 def finder(folder):
@@ -39,7 +44,7 @@ def same_weights(folder, weights=WEIGHTS):
 # Weights
 
 def test_safetensors_round_trip(tmp_path):
-    smollm2.write_safetensors(tmp_path / hub.SAFE, WEIGHTS)
+    write_safetensors(tmp_path / hub.SAFE, WEIGHTS)
     same_weights(tmp_path)
 
 
@@ -64,7 +69,7 @@ def test_shards(tmp_path, index, suffix):
         weight_map[name] = f"part-{n}.{suffix}"
         path = tmp_path / weight_map[name]
         if suffix == "safetensors":
-            smollm2.write_safetensors(path, {name: weight})
+            write_safetensors(path, {name: weight})
         else:
             torch.save({name: weight}, path)
     (tmp_path / index).write_text(json.dumps(dict(weight_map=weight_map)))
@@ -76,11 +81,11 @@ def test_shards(tmp_path, index, suffix):
 
 def test_a_tied_head_is_dropped_and_must_be_equal(tmp_path):
     head = WEIGHTS["model.embed_tokens.weight"]
-    smollm2.write_safetensors(tmp_path / hub.SAFE, {**WEIGHTS, "lm_head.weight": head})
+    write_safetensors(tmp_path / hub.SAFE, {**WEIGHTS, "lm_head.weight": head})
     same_weights(tmp_path)
     read = hub.read_weights(finder(tmp_path), {**SHAPES, "lm_head.weight": (4, 3)})
     assert torch.equal(read["lm_head.weight"], head)
-    smollm2.write_safetensors(tmp_path / hub.SAFE, {**WEIGHTS, "lm_head.weight": head + 1})
+    write_safetensors(tmp_path / hub.SAFE, {**WEIGHTS, "lm_head.weight": head + 1})
     with pytest.raises(ValueError, match="lm_head.weight is not embed_tokens.weight"):
         same_weights(tmp_path)
 
@@ -107,7 +112,7 @@ OTHER_KINDS = {
                 "a Git LFS pointer"),
     "page": (hub.SAFE, lambda path: path.write_text("<!doctype html><title>404</title>"),
              "a web page"),
-    "safetensors": (hub.BIN, lambda path: smollm2.write_safetensors(path, WEIGHTS),
+    "safetensors": (hub.BIN, lambda path: write_safetensors(path, WEIGHTS),
                     "a safetensors file"),
     "zip": (hub.SAFE, lambda path: torch.save(WEIGHTS, path), "a zip, as torch.save"),
     "code": (hub.BIN, lambda path: path.write_bytes(pickle.dumps(Evil(), 2)), "more than tensors"),
@@ -168,12 +173,12 @@ def damage(content, rng):
 
 def test_random_attack(tmp_path):
     """Every damaged file is read or refused by a ValueError."""
-    smollm2.write_safetensors(tmp_path / hub.SAFE, WEIGHTS)
+    write_safetensors(tmp_path / hub.SAFE, WEIGHTS)
     torch.save(WEIGHTS, tmp_path / hub.BIN)
     torch.save(WEIGHTS, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
     values = np.ones(4, "<f4").tobytes()
     write_gguf(tmp_path / "x.gguf", {"key": 7, "list": ["a", "b"]}, {"t": (0, [4], values)})
-    readers = {hub.SAFE: hub.read_safetensors, hub.BIN: hub.read_pickle, "old.bin": hub.read_pickle,
+    readers = {hub.SAFE: safetensors.read, hub.BIN: hub.read_pickle, "old.bin": hub.read_pickle,
                "x.gguf": gguf.read}
     rng = random.Random(0)
     refused = 0
@@ -259,7 +264,7 @@ class Ranges(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(hub, "WAITS", (0, 0, 0))
+    monkeypatch.setattr(download, "WAITS", (0, 0, 0))
     monkeypatch.setattr(Ranges, "asked", [])
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Ranges) as running:
@@ -269,33 +274,33 @@ def server(monkeypatch):
 
 
 def test_a_broken_download_goes_on(tmp_path, server):
-    hub.fetch(server, tmp_path / "file", "walk")
+    download.fetch(server, tmp_path / "file", "walk")
     assert (tmp_path / "file").read_bytes() == Ranges.content
     assert Ranges.asked == [None, "bytes=120000-", "bytes=240000-"]
     assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_the_next_run_goes_on_too(tmp_path, server, monkeypatch):
-    monkeypatch.setattr(hub, "WAITS", (0,))
+    monkeypatch.setattr(download, "WAITS", (0,))
     for _ in range(2):
         with pytest.raises(ValueError, match="breaks off again and again.*or walk"):
-            hub.fetch(server, tmp_path / "file", "walk")
-    hub.fetch(server, tmp_path / "file", "walk")
+            download.fetch(server, tmp_path / "file", "walk")
+    download.fetch(server, tmp_path / "file", "walk")
     assert (tmp_path / "file").read_bytes() == Ranges.content and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_server_without_ranges_is_asked_from_the_start(tmp_path, server, monkeypatch):
     monkeypatch.setattr(Ranges, "ranges", False)
     with pytest.raises(ValueError, match="breaks off"):
-        hub.fetch(server, tmp_path / "file", "walk")
+        download.fetch(server, tmp_path / "file", "walk")
     monkeypatch.setattr(Ranges, "most", 10 ** 6)
-    hub.fetch(server, tmp_path / "file", "walk")
+    download.fetch(server, tmp_path / "file", "walk")
     assert (tmp_path / "file").read_bytes() == Ranges.content
 
 
 def test_what_is_not_there_is_missing(tmp_path, server):
-    with pytest.raises(hub.Missing, match="404"):
-        hub.fetch(server + "2", tmp_path / "file", "walk")
+    with pytest.raises(download.Missing, match="404"):
+        download.fetch(server + "2", tmp_path / "file", "walk")
     assert not list(tmp_path.iterdir())
 
 
