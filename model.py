@@ -92,19 +92,6 @@ class Layer(NamedTuple):
     v: torch.Tensor
 
 
-class Cache:
-    """Keys and values (B, Hkv, T, D) of a layer's tokens, with room for more; zeros until then."""
-
-    def __init__(self, k, v, room):
-        self.k = F.pad(k, (0, 0, 0, room - k.shape[2]))              # (B, Hkv, room, D)
-        self.v = F.pad(v, (0, 0, 0, room - k.shape[2]))
-
-    def append(self, k, v, position):
-        """Keep k, v (B, Hkv, 1, D) of the token at position (1,)."""
-        self.k.index_copy_(2, position, k)
-        self.v.index_copy_(2, position, v)
-
-
 # --------------------------------------------------------------------------------------------------
 # Kinds of attention: q (B, H, T, D), k and v (B, Hkv, T, D) -> (B, H, T, D), and a distance that
 # training lowers, or None. Some can also go on from kept keys and values, by new_cache and decode:
@@ -156,14 +143,14 @@ class Dense(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared), None
 
     def new_cache(self, k, v, room):
-        return Cache(k, v, room)
+        return sea.KeysAndValues(k, v, room)
 
     def decode(self, q, cache, position):
         """One masked call over all keys that there is room for."""
-        rows = q.view(q.shape[0], cache.k.shape[1], -1, q.shape[3])  # (B, Hkv, group, D)
+        rows = q.reshape(q.shape[0], cache.k.shape[1], -1, q.shape[3])      # (B, Hkv, group, D)
         mask = self.seen(position, cache)
         y = F.scaled_dot_product_attention(rows, cache.k, cache.v, attn_mask=mask[None])
-        return y.view(q.shape)
+        return y.reshape(q.shape)
 
     def seen(self, position, cache):
         """The keys of the cache that the token at this position attends to: (room,) bool."""
@@ -247,7 +234,8 @@ class SelfAttention(nn.Module):
             y, kl = self.attention(q, k, v, teacher)                 # (B, H, T, D)
         else:                                                        # one token
             cache.append(k, v, position)
-            y, kl = self.attention.decode(q, cache, position), None  # (B, H, 1, D)
+            y = self.attention.decode(q, cache, position)            # (B, H, 1, D)
+            kl = None
         y = getattr(self, self.out)(y.transpose(1, 2).flatten(2))    # (B, T, C)
         return y, kl, q, k, v
 
@@ -537,7 +525,7 @@ def sample(logits, temperature, top_k=None, ids=None):
 
     Nothing here waits for a GPU, so that it can be part of a CUDA graph.
     """
-    numbers = logits.isfinite().all(-1, keepdim=True)
+    finite = logits.isfinite().all(-1, keepdim=True)
     logits = logits.double()
     if ids is not None:
         logits = torch.full_like(logits, -torch.inf).index_copy(1, ids, logits[:, ids])
@@ -549,4 +537,4 @@ def sample(logits, temperature, top_k=None, ids=None):
         # becomes 0, so that no temperature, however small, makes infinities of it.
         noise = -torch.empty_like(logits).exponential_().log()
         logits = (logits - logits.amax(-1, keepdim=True)) / temperature + noise
-    return logits.argmax(-1, keepdim=True).where(numbers, -1)
+    return logits.argmax(-1, keepdim=True).where(finite, -1)

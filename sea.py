@@ -97,7 +97,7 @@ def budgets(block_size, keys_per_query, coarse):
     """How many blocks a query chooses, and how many coarse blocks it looks into for them."""
     n = max(1, keys_per_query // block_size)
     # Several times what n blocks fill, since the best ones are scattered: one coarse block for each
-    # 16 keys of the budget; for each block_size * coarse if that is less, so that all keep all.
+    # 16 keys of the budget, more if it holds fewer than 16 itself, so that a budget of T keeps all.
     n_wide = max(8, keys_per_query // min(16, block_size * coarse))
     return n, n_wide
 
@@ -206,28 +206,40 @@ def check(q, k, v, block_size, keys_per_query, coarse=1):
 # --------------------------------------------------------------------------------------------------
 # One token at a time
 
-class Cache:
-    """Keys, values and moments of a layer's tokens, in shapes that do not change as it fills.
+class KeysAndValues:
+    """Those of a layer's tokens so far, k, v (B, Hkv, T, D), with room for more: zeros until then.
 
-    k, v (B, Hkv, T, D) of the tokens so far; room: how many there may be in all. What is in blocks
-    that are not complete does not count, so zeros may stand there.
+    No shape changes as it fills.
+    """
+
+    def __init__(self, k, v, room):
+        rest = room - k.shape[2]
+        self.k = F.pad(k, (0, 0, 0, rest))                          # (B, Hkv, room, D)
+        self.v = F.pad(v, (0, 0, 0, rest))
+
+    def append(self, k, v, position):
+        """Keep k, v (B, Hkv, 1, D) of the token at position (1,)."""
+        self.k.index_copy_(2, position, k)
+        self.v.index_copy_(2, position, v)
+
+
+class Cache(KeysAndValues):
+    """What decode needs: keys, values, and the moments of blocks and of coarse blocks.
+
+    Moments of a block that is not complete are wrong, and are not looked at.
     """
 
     def __init__(self, k, v, room, block_size=8, coarse=8):
         wide = block_size * coarse
-        rest = max(room, k.shape[2]) - k.shape[2]
-        rest += -(k.shape[2] + rest) % wide                         # whole coarse blocks
+        super().__init__(k, v, -(-room // wide) * wide)             # whole coarse blocks
         self.block_size = block_size
         self.coarse = coarse
-        self.k = F.pad(k, (0, 0, 0, rest))                          # (B, Hkv, room, D)
-        self.v = F.pad(v, (0, 0, 0, rest))
         self.moments = moments(self.k, block_size)                  # (B, Hkv, room / S, 2D)
-        self.wide_moments = moments(self.k, wide)
+        self.wide_moments = moments(self.k, wide)                   # (B, Hkv, room / wide, 2D)
 
     def append(self, k, v, position):
         """Keep k, v (B, Hkv, 1, D) of the token at position (1,), and its blocks' new moments."""
-        self.k.index_copy_(2, position, k)
-        self.v.index_copy_(2, position, v)
+        super().append(k, v, position)
         wide = self.block_size * self.coarse
         for size, kept in (self.block_size, self.moments), (wide, self.wide_moments):
             block = position // size                                             # (1,)
@@ -239,27 +251,28 @@ class Cache:
 def decode(q, cache, position, keys_per_query=48, scale=None):
     """sea_attention of the token at position (1,), which the cache holds: q (B, H, 1, D) -> alike.
 
-    Nothing but numbers depends on the position, no shape and no branch, so that a GPU can
-    run it as one CUDA graph. It is look_twice by lists of blocks in place of masks.
+    It is look_twice by lists of blocks in place of masks. Nothing but numbers depends on the
+    position, no shape and no branch, so that it can be part of a CUDA graph.
     """
+    check(q, cache.k, cache.v, cache.block_size, keys_per_query, cache.coarse)
     S = cache.block_size
     wide = S * cache.coarse
     n, n_wide = budgets(S, keys_per_query, cache.coarse)
     q = q * (q.shape[3] ** -0.5 if scale is None else scale)
 
     # First look: a list of coarse blocks.
-    scores = block_scores(q, cache.wide_moments, wide, position)                 # (B, H, 1, room/SZ)
+    scores = block_scores(q, cache.wide_moments, wide, position)             # (B, H, 1, room/wide)
     near = select(scores, wide, n_wide, position)
     near |= torch.arange(near.shape[3], device=q.device) == position // wide
-    near, real = numbers(near, n_wide + 3)                                       # (B, H, 1, n_wide+3)
+    near, real = indices_of(near, n_wide + 3)                                # (B, H, 1, n_wide + 3)
 
     # Second look: the blocks in them. An entry that is not real gets a number after all blocks.
     block = inside(near, cache.coarse)                                           # (B, H, 1, L)
     block_moments = rows_of(cache.moments, block)                                # (B, H, L, 2D)
     block = block.masked_fill(~real.repeat_interleave(cache.coarse, -1), cache.k.shape[2])
     scores = block_scores(q, block_moments, S, position, block)                  # (B, H, 1, L)
-    place, real = numbers(select(scores, S, n, position, block), n + 2)
-    chosen = block.gather(-1, place).masked_fill(~real, 0)                       # (B, H, 1, n+2)
+    place, real = indices_of(select(scores, S, n, position, block), n + 2)
+    chosen = block.gather(-1, place).masked_fill(~real, 0)                       # (B, H, 1, n + 2)
 
     # Attend to them and to the own block.
     own = (position // S).expand(*chosen.shape[:3], 1)
@@ -270,10 +283,11 @@ def decode(q, cache, position, keys_per_query=48, scale=None):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
 
 
-def numbers(chosen, most):
-    """The first `most` numbers of what is chosen (..., W) bool, ascending, and which are real."""
-    first = chosen.byte().argsort(dim=-1, descending=True, stable=True)[..., :most]
-    return first, chosen.gather(-1, first)
+def indices_of(chosen, most):
+    """Of chosen (..., W) bool, with at most `most` True: their indices, ascending, then others to
+    fill up, and which are real."""
+    index = chosen.byte().argsort(dim=-1, descending=True, stable=True)[..., :most]
+    return index, chosen.gather(-1, index)
 
 
 def inside(block, size):

@@ -25,6 +25,7 @@ from triton.testing import do_bench
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import kernels  # noqa: E402
 from model import Config, Transformer  # noqa: E402
+from sea import budgets  # noqa: E402
 
 SMOOTH = 64
 DENSE = dict(flash=SDPBackend.FLASH_ATTENTION, cudnn=SDPBackend.CUDNN_ATTENTION)
@@ -107,8 +108,7 @@ def stages(q, k, v, setting):
     Z = setting[2] if len(setting) > 2 else 8
     T = k.shape[2]
     scale = q.shape[3] ** -0.5
-    n_coarse = max(8, K // min(16, S * Z))
-    n = max(1, K // S)
+    n, n_coarse = budgets(S, K, Z)
     fine, wide = kernels.moments(k, S, Z)
     yield "moments", lambda: kernels.moments(k, S, Z)
     near = None
