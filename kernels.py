@@ -383,7 +383,7 @@ def choose(q, moments, T, block_size, n, scale, rows, tile, near=None, coarse=1)
 
 @triton.jit
 def tile_of(lists, T, R, H, HKV, S: tl.constexpr, M: tl.constexpr):
-    """What a program works on: batch, heads, rows, its list, and the blocks that its rows lie in."""
+    """What a program works on: batch, heads, rows, its list, and the blocks its rows lie in."""
     g = tl.num_programs(0) - 1 - tl.program_id(0)                   # the longest first
     b = tl.program_id(1) // H
     h = tl.program_id(1) % H

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from data import safetensors
-from data.download import WAITS, Missing, fetch  # noqa: F401, tests/test_model.py has it of here
+from data.download import Missing, fetch
 
 CACHE = Path(os.path.expanduser("~")) / ".cache" / "nanosea"
 OPTS = tuple(f"facebook/opt-{size}" for size in ("125m", "350m", "1.3b", "2.7b", "6.7b"))
@@ -216,7 +216,8 @@ def differences(stored, shapes):
         if have != want:
             wrong.append(f"{name} is {have} and should be {want}")
         elif tensor.dtype not in safetensors.NAMES or tensor.layout != torch.strided:
-            wrong.append(f"{name} is {tensor.dtype}, which is none of {', '.join(safetensors.DTYPES)}")
+            known = ", ".join(safetensors.DTYPES)
+            wrong.append(f"{name} is {tensor.dtype}, which is none of {known}")
     return wrong
 
 

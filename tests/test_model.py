@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from data import hub
+from data import download, hub
 from data.common import encoding
 from model import ATTENTIONS, POSITION_OFFSET, Config, Transformer
 
@@ -216,7 +216,7 @@ def test_unknown_name():
 def test_download(tmp_path, monkeypatch, name, golden):
     """By name, from a mirror: file:// here. What was downloaded is used again; what failed leaves nothing."""
     monkeypatch.setattr(hub, "CACHE", tmp_path)
-    monkeypatch.setattr(hub, "WAITS", (0,))
+    monkeypatch.setattr(download, "WAITS", (0,))
     with pytest.raises(ValueError, match="could not download file:///nowhere/config.json"):
         Transformer.from_pretrained(name, url="file:///nowhere")
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
