@@ -257,8 +257,8 @@ def panels_of(args):
     """The four pictures of a head, (T, T) each, of held-out text; its block size."""
     import torch
     sys.path.insert(0, str(HERE.parent))
+    from assets.page import pictures
     from data import common, engine
-    from sample import pictures
     model, _, data = engine.load_model(args.checkpoint, "cpu")
     if model.config.attention != "sea":
         model = model.with_attention("sea")

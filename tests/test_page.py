@@ -23,6 +23,7 @@ import pytest
 import torch
 
 import sample
+from assets import page as pages
 from data.engine import save_checkpoint
 from model import Config, Transformer
 from sea import estimated_attention
@@ -70,7 +71,7 @@ def written(tmp_path_factory):
     """A page of 256 odd tokens: the model, the tokens, the page's path."""
     folder, model = tmp_path_factory.mktemp("page"), small_model()
     idx = torch.arange(16).repeat(16)[None]
-    sample.write_page(model, OddEncoding(), idx, folder / "page.html", None)
+    pages.write_page(model, OddEncoding(), idx, folder / "page.html", None)
     return model, idx, folder / "page.html"
 
 
@@ -145,15 +146,15 @@ def test_thumbnails_hold_the_peaks(written):
 def test_characters_stay_whole():
     text = "d\u00e9j\u00e0 \u65e5\u672c \U0001f600!"
     single = [bytes([byte]) for byte in text.encode()]
-    texts = sample.texts_of(single)
+    texts = pages.texts_of(single)
     assert "".join(texts) == text and texts[:4] == ["d", "", "\u00e9", "j"]
     assert texts[7:13] == ["", "", "\u65e5", "", "", "\u672c"]
-    assert sample.texts_of([b" \xf0\x9f", b"\x98\x80"]) == [" ", "\U0001f600"]
-    assert sample.texts_of([b"a", b"\xf0\x9f"]) == ["a", "\\xf0\\x9f"]
+    assert pages.texts_of([b" \xf0\x9f", b"\x98\x80"]) == [" ", "\U0001f600"]
+    assert pages.texts_of([b"a", b"\xf0\x9f"]) == ["a", "\\xf0\\x9f"]
 
 
 def test_any_text_is_safe(written):
-    wanted = sample.texts_of(ODD * 16)
+    wanted = pages.texts_of(ODD * 16)
     assert data_of(written[2])["tokens"] == wanted
     assert wanted[6:10] == ["\u00e9", "", "", "\\xf0\\x9f\\x98\n"]
     text = written[2].read_text(encoding="utf-8")
@@ -163,14 +164,14 @@ def test_any_text_is_safe(written):
 
 def test_a_page_can_be_mailed(written, tmp_path, monkeypatch):
     assert written[2].stat().st_size < 2_000_000
-    monkeypatch.setattr(sample, "ROOM", 1000)
-    sample.write_page(written[0], OddEncoding(), written[1], tmp_path / "a.html", None)
+    monkeypatch.setattr(pages, "ROOM", 1000)
+    pages.write_page(written[0], OddEncoding(), written[1], tmp_path / "a.html", None)
     data = data_of(tmp_path / "a.html")                  # what does not fit is left out
     assert (list(data["layers"]), data["least"], data["count"]) == (["0"], 0.01, 4)
     monkeypatch.undo()
-    assert sample.layers_that_fit([10, 10, 10]) == [0, 1, 2]
-    assert sample.layers_that_fit([700_000] * 12) == [0, 11]
-    assert sample.layers_that_fit([9_000_000] * 12) == [0]
+    assert pages.layers_that_fit([10, 10, 10]) == [0, 1, 2]
+    assert pages.layers_that_fit([700_000] * 12) == [0, 11]
+    assert pages.layers_that_fit([9_000_000] * 12) == [0]
 
 
 # ---- the flags
@@ -226,12 +227,12 @@ def test_a_write_that_fails_leaves_the_old_page(function, tmp_path, monkeypatch,
     def full(*args):
         raise OSError(28, "No space left on device")
     (tmp_path / "a.html").write_text("the old page")
-    real = sample.write_whole
+    real = pages.write_whole
 
     def late(*args):
         monkeypatch.setattr(os, function, full)                  # the disk is full from here on
         real(*args)
-    monkeypatch.setattr(sample, "write_whole", late)
+    monkeypatch.setattr(pages, "write_whole", late)
     status, _, err = run("--page a.html", "x", tmp_path, small_model(), monkeypatch, capsys)
     assert status == 2 and "No space left" in err and len(err.strip().splitlines()) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.html", "ckpt.pt"]
