@@ -252,33 +252,14 @@ def make_model(args, vocab_size):
     return Transformer(config).to(args.device)
 
 
-@engine.training_script
-def main():
-    args = parse_arguments()
-    engine.join_ranks(args.device)
-    engine.check_out(args)
-    torch.manual_seed(args.seed)
-    tokens, val, meta = open_data(args)
-    model = make_model(args, meta["vocab_size"])
-    optimizers = make_optimizers(model)
-
-    lock = engine.own_folder(args)      # held until this process ends
+def train(args, model, optimizers, tokens, val, meta, settings, done):
+    """Steps done + 1 to args.steps, with what is printed and saved -> the last losses."""
     path = args.out / "ckpt.pt"
-    settings = engine.settings_of(args, tokens)
-    done = engine.resume(path, model, optimizers, settings)["step"] if args.resume else 0
     log = open_log(args.out / "log.csv", done)
-
-    backend = engine.pick_backend(args.device, args.kernels)
     run = engine.parallel(engine.compiled(model))
-    precision, kind = engine.pick_precision(args.device)
-    preset = [f"{name} {getattr(args, name)}" for name in PRESETS[args.device]]
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    engine.say(f"preset {args.device}:", *preset)
-    engine.say(f"{millions:.2f} M parameters, {args.attention} attention, {backend}, {kind}; "
-               f"data/{args.data}: {meta['source']}")
-
+    precision, _ = engine.pick_precision(args.device)
     stop = engine.Stop()
-    begin = mark = saved = time.time()
+    mark = saved = time.time()
     marked = done
     for step in range(done + 1, args.steps + 1):
         rate = learning_rate(step, args.lr, args.steps)
@@ -322,7 +303,34 @@ def main():
             saved = time.time()
         if stopped:
             stop.leave(path, step, args.steps)
+    return losses, val_loss
 
+
+@engine.training_script
+def main():
+    args = parse_arguments()
+    engine.join_ranks(args.device)
+    engine.check_out(args)
+    torch.manual_seed(args.seed)
+    tokens, val, meta = open_data(args)
+    model = make_model(args, meta["vocab_size"])
+    optimizers = make_optimizers(model)
+
+    lock = engine.own_folder(args)      # held until this process ends
+    path = args.out / "ckpt.pt"
+    settings = engine.settings_of(args, tokens)
+    done = engine.resume(path, model, optimizers, settings)["step"] if args.resume else 0
+
+    backend = engine.pick_backend(args.device, args.kernels)
+    _, kind = engine.pick_precision(args.device)
+    preset = [f"{name} {getattr(args, name)}" for name in PRESETS[args.device]]
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    engine.say(f"preset {args.device}:", *preset)
+    engine.say(f"{millions:.2f} M parameters, {args.attention} attention, {backend}, {kind}; "
+               f"data/{args.data}: {meta['source']}")
+
+    begin = time.time()
+    losses, val_loss = train(args, model, optimizers, tokens, val, meta, settings, done)
     engine.say(f"final: val_loss {val_loss:.4f} val_ppl {perplexity(val_loss):.3f} "
                f"train_loss {losses[0]:.4f} "
                + (f"attention_kl {losses[1]:.4f} " if args.attention == "paper" else "")
