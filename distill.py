@@ -256,25 +256,8 @@ def make_student(teacher, args):
     return student
 
 
-@engine.training_script
-def main():
-    args = parse_arguments()
-    engine.join_ranks(args.device)
-    if not args.eval_only:
-        engine.check_out(args)
-    torch.manual_seed(args.seed)
-    backend = engine.pick_backend(args.device, args.kernels)
-    precision, kind = engine.pick_precision(args.device)
-    teacher, tokenizer, tokens, held_out = load_teacher(args)
-    student = make_student(teacher, args)
-    engine.say(f"teacher {args.teacher} ({teacher.config.attention}), data/{args.data}, "
-               f"T {args.context}, {backend}, {kind}")
-    if args.eval_only:
-        loss, *_ = describe(f"{args.attention}", student, held_out, args, precision)
-        engine.say(f"final: {args.eval_only}_loss {loss:.4f} "
-                   f"{args.eval_only}_ppl {perplexity(loss):.3f}")
-        return
-
+def train_student(student, teacher, tokenizer, tokens, held_out, args, precision):
+    """Measure, train, save and measure again, in args.out."""
     lock = engine.own_folder(args)      # held until this process ends
     path = args.out / "ckpt.pt"
     optimizer = make_optimizer(student)
@@ -309,6 +292,27 @@ def main():
                + (f"attention_kl {losses['estimate']:.4f} " if args.attention == "paper" else "")
                + f"steps {args.steps} seconds {seconds:.0f} "
                f"peak_gib {engine.peak_memory(args.device):.2f}")
+
+
+@engine.training_script
+def main():
+    args = parse_arguments()
+    engine.join_ranks(args.device)
+    if not args.eval_only:
+        engine.check_out(args)
+    torch.manual_seed(args.seed)
+    backend = engine.pick_backend(args.device, args.kernels)
+    precision, kind = engine.pick_precision(args.device)
+    teacher, tokenizer, tokens, held_out = load_teacher(args)
+    student = make_student(teacher, args)
+    engine.say(f"teacher {args.teacher} ({teacher.config.attention}), data/{args.data}, "
+               f"T {args.context}, {backend}, {kind}")
+    if args.eval_only:
+        loss, *_ = describe(args.attention, student, held_out, args, precision)
+        engine.say(f"final: {args.eval_only}_loss {loss:.4f} "
+                   f"{args.eval_only}_ppl {perplexity(loss):.3f}")
+        return
+    train_student(student, teacher, tokenizer, tokens, held_out, args, precision)
 
 
 if __name__ == "__main__":
