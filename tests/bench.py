@@ -4,6 +4,7 @@ How fast SEA is and how much memory it takes, beside dense attention in the same
     python tests/bench.py                                     the operator at all lengths and settings
     python tests/bench.py --lengths 8192 --settings 8:48      a part
     python tests/bench.py --model                             a training step of 12 layers, 768 wide
+    python tests/bench.py --decode                            a token from a cache of T, two models
 
 Times are medians in ms of replayed CUDA graphs, free of Python's time, but for "as called". Memory is
 the peak above what was allocated before, in MiB. q, k and v are synthetic: differences of a random walk
@@ -28,6 +29,8 @@ from model import Config, Transformer  # noqa: E402
 from sea import budgets  # noqa: E402
 
 SMOOTH = 64
+MODELS = dict(demo=dict(vocab_size=256, n_layer=8, n_head=8, n_embd=512),
+              smollm2=dict(vocab_size=49152, n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_ffn=1536))
 DENSE = dict(flash=SDPBackend.FLASH_ATTENTION, cudnn=SDPBackend.CUDNN_ATTENTION)
 FIELDS = "what T S K pass ms times_dense MiB".split()
 
@@ -44,6 +47,7 @@ def parse_arguments():
     parser.add_argument("--kv-heads", type=int, help="Hkv (default: H)")
     parser.add_argument("--head-dim", type=int, default=64, help="D (default: 64)")
     parser.add_argument("--model", action="store_true", help="a training step in place of the operator")
+    parser.add_argument("--decode", action="store_true", help="a token in place of the operator")
     parser.add_argument("--csv", default="bench.csv", help="file for the table (default: bench.csv)")
     args = parser.parse_args()
     args.kv_heads = args.kv_heads or args.heads
@@ -167,8 +171,36 @@ def training_step(args, T, add):
         torch.compiler.reset()
 
 
+@torch.no_grad()
+def one_token(args, T, add):
+    """Transformer.decode of a token that fills a cache of T; the memory is the caches'. bfloat16."""
+    for name, shape in MODELS.items():
+        base = None
+        for attention in ("dense", "sea"):
+            config = Config(context=T, architecture="llama", attention=attention, **shape)
+            model = Transformer(config).cuda().bfloat16().eval()
+            caches = []
+            for block in model.layers:
+                k, v = torch.randn(2, 1, config.n_kv_head, T - 1, config.head_dim,
+                                   dtype=torch.bfloat16, device="cuda")
+                caches.append(block.self_attn.attention.new_cache(k, v, T))
+            held = [x for cache in caches for x in vars(cache).values() if torch.is_tensor(x)]
+            MiB = sum(x.nbytes for x in held) / 2 ** 20
+            token = torch.zeros(1, 1, dtype=torch.long, device="cuda")
+            position = torch.tensor([T - 1], device="cuda")
+
+            def step():
+                return model.decode(token, position, caches)
+            ms = median_ms(step)
+            base = base or ms
+            add(f"{name}, {attention}", T, 8, 48, "token", ms, base / ms, MiB)
+            called = do_bench(step, return_mode="median")
+            add("as called", T, 8, 48, "token", called, "", "")
+
+
 def main():
     args = parse_arguments()
+    measure = one_token if args.decode else training_step if args.model else operator
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}; "
           f"B {args.batch} H {args.heads} Hkv {args.kv_heads} D {args.head_dim} bfloat16", flush=True)
     start = time.time()
@@ -182,7 +214,7 @@ def main():
             print(*(str(x).rjust(w) for x, w in zip(row, (15, 7, 3, 4, 8, 8, 7, 7))), flush=True)
         print(*(x.rjust(w) for x, w in zip(FIELDS, (15, 7, 3, 4, 8, 8, 7, 7))))
         for T in args.lengths:
-            (training_step if args.model else operator)(args, T, add)
+            measure(args, T, add)
     print(f"{time.time() - start:.0f} s")
 
 
