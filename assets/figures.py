@@ -102,13 +102,12 @@ def tables(b):
 
 def summary(b):
     S, K = SETTINGS[0]
-    called = [short(b.times(T, S, K, "forward", "sea, as called")) for T in b.lengths]
+    cases = {"forward": ("forward", "sea"),
+             "forward, as called from Python": ("forward", "sea, as called"),
+             "forward + backward": ("both", "sea")}
     rows = []
-    for kind, name in PASSES.items():
-        rows.append([f"{name}: dense, ms", *[short(b.dense_ms(T, kind)) for T in b.lengths]])
-        rows.append(["SEA, ms", *[short(b.number("ms", "sea", T, S, K, kind)) for T in b.lengths]])
-        rows.append(["**times faster**", *[short(b.times(T, S, K, kind)) for T in b.lengths]])
-    rows.insert(3, ["times faster as called from Python", *called])
+    for name, (kind, what) in cases.items():
+        rows.append([name, *[short(b.times(T, S, K, kind, what)) for T in b.lengths]])
     return markdown(["T, tokens", *[thousands(T) for T in b.lengths]], rows)
 
 
