@@ -17,6 +17,7 @@ SCRIPTS = Path(__file__).resolve().parent
 # Data sets are folders beside the scripts; beside out/ where nothing can be written there.
 FOLDER = SCRIPTS if os.access(SCRIPTS, os.W_OK) else Path("data").resolve()
 TOKENIZERS = "bytes (nothing to download), gpt2, opt or smollm2"         # for the help of flags
+DAMAGED = (OSError, ValueError, KeyError, TypeError, RecursionError)     # what read_meta raises
 DATA_SETS = ("shakespeare", "stdlib", "text", "wikipedia", "wikitext2")  # each of its own script
 
 
@@ -86,6 +87,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         fail(f"{message}; --help explains the flags")
 
+    def add_data_flags(self, tokenizer):
+        """The flags of every script that writes a data set, with their defaults."""
+        self.add_argument("--tokenizer", default=tokenizer, help=TOKENIZERS)
+        self.add_argument("--overwrite", action="store_true",
+                          help="replace what another file or tokenizer made under this name")
+
 
 def encoding(name, folder=None):
     """The tokenizer of that name, see data/tokenizers.py; its files are in folder, or as usual."""
@@ -105,23 +112,39 @@ def make_folder(name):
     return FOLDER / name
 
 
-def write(name, texts, tokenizer, source, folder=None):
+def write(name, texts, tokenizer, source, folder=None, overwrite=False):
     """Tokenise {split: text or list of texts} into data/NAME/SPLIT.bin, and meta.json last.
 
     Texts of a list are parted by the tokenizer's end-of-text token, or by blank lines without one.
+    A data set that was made of something else stays, unless `overwrite` is given.
     """
     enc = encoding(tokenizer, folder)
     target = make_folder(name)
-    counts = {}
-    for split, text in texts.items():
-        tokens = np.array(tokens_of(enc, text), dtype=np.uint16)
-        write_whole(target / f"{split}.bin", tokens.tobytes())
-        counts[split] = len(tokens)
+    tokens = {split: np.array(tokens_of(enc, text), np.uint16) for split, text in texts.items()}
+    counts = {split: len(ids) for split, ids in tokens.items()}
     meta = dict(tokenizer=tokenizer, vocab_size=enc.n_vocab, tokens=counts, source=source)
+    if not overwrite:
+        check_same_data(name, meta)
+
+    for split, ids in tokens.items():
+        write_whole(target / f"{split}.bin", ids.tobytes())
     write_whole(target / "meta.json", json.dumps(meta, indent=1).encode())
     uses = ("tokens to train on", "to validate", "to test")
     shown = [f"{count:,} {use}" for count, use in zip(counts.values(), uses)]
     print(f"data/{name}: {', '.join(shown)} ({tokenizer})")
+
+
+def check_same_data(name, meta):
+    """Stop if data/NAME is a data set of another text or tokenizer; a damaged one is none."""
+    try:
+        before = read_meta(FOLDER / name / "meta.json")
+    except DAMAGED:
+        return
+    changed = [f"{key} was {before[key]}, now {value}" for key, value in meta.items()
+               if before[key] != value]
+    if changed:
+        fail(f"data/{name} is there already, of something else ({'; '.join(changed)}); "
+             "--overwrite replaces it")
 
 
 def tokens_of(enc, text):
@@ -181,7 +204,10 @@ def load(name, split=None):
         there = sorted(path.parent.name for path in FOLDER.glob("*/meta.json"))
         fail(f"no data set data/{name}; ready: {', '.join(there) or 'none'}; "
              f"`python data/NAME.py` prepares NAME, one of {', '.join(DATA_SETS)}")
-    meta = read_meta(folder / "meta.json", f"data/{name}/meta.json is damaged; {again}")
+    try:
+        meta = read_meta(folder / "meta.json")
+    except DAMAGED:
+        fail(f"data/{name}/meta.json is damaged; {again}")
     splits = []
     for one in ("train", "val") if split is None else (split,):
         if one not in meta["tokens"]:
@@ -190,16 +216,13 @@ def load(name, split=None):
     return *splits, meta
 
 
-def read_meta(path, damaged):
+def read_meta(path):
     """meta.json, which must say what load needs."""
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        int(meta["vocab_size"])
-        dict(meta["tokens"])
-        for needed in ("tokenizer", "source"):
-            meta[needed]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        fail(damaged)
+    meta = json.loads(path.read_text(encoding="utf-8"))
+    int(meta["vocab_size"])
+    dict(meta["tokens"])
+    for needed in ("tokenizer", "source"):
+        meta[needed]
     return meta
 
 
@@ -230,10 +253,10 @@ def random_batch(data, context, batch_size, seed, device):
     return windows(data, starts, context, device)
 
 
-def fetched(url, name, file):
-    """The path of data/NAME/FILE, downloaded if it is not there."""
+def fetched(url, name, file, again):
+    """The path of data/NAME/FILE, downloaded if it is not there, or `again`."""
     path = FOLDER / name / file
-    if not path.exists():
+    if again or not path.exists():
         with one_line(ValueError):
             download.fetch(url, path, "give a mirror or a file:// address by --url")
     return path

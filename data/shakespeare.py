@@ -16,12 +16,13 @@ URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshake
 def main():
     parser = Parser(__doc__)
     parser.add_argument("--url", default=URL, help="where to download from: http, https or file")
-    parser.add_argument("--tokenizer", default="bytes", help="bytes (no download), gpt2 or opt")
+    parser.add_data_flags("bytes")
     args = parser.parse_args()
 
-    text = read(fetched(args.url, "shakespeare", "input.txt"))
+    text = read(fetched(args.url, "shakespeare", "input.txt", args.overwrite))
     cut = max(1, len(text) * 9 // 10)
-    write("shakespeare", dict(train=text[:cut], val=text[cut:]), args.tokenizer, args.url)
+    write("shakespeare", dict(train=text[:cut], val=text[cut:]), args.tokenizer, args.url,
+          overwrite=args.overwrite)
 
 
 if __name__ == "__main__":

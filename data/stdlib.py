@@ -19,7 +19,7 @@ LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__p
 @any_output()
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("--tokenizer", default="bytes", help="bytes (no download), gpt2 or opt")
+    parser.add_data_flags("bytes")
     args = parser.parse_args()
 
     root = Path(sysconfig.get_paths()["stdlib"])
@@ -31,8 +31,8 @@ def main():
     texts = [p.read_text(encoding="utf-8", errors="ignore") for p in files]
     held_out = len(texts) // 20
     splits = dict(train="\n".join(texts[held_out:]), val="\n".join(texts[:held_out]))
-    write("stdlib", splits, args.tokenizer,
-          f"standard library of Python {platform.python_version()}, {len(files)} files")
+    source = f"standard library of Python {platform.python_version()}, {len(files)} files"
+    write("stdlib", splits, args.tokenizer, source, overwrite=args.overwrite)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # where the package data is found
-from data.common import TOKENIZERS, Parser, any_output, fail, write
+from data.common import Parser, any_output, fail, write
 
 
 def read(path):
@@ -32,14 +32,15 @@ def main():
     parser = Parser(__doc__)
     parser.add_argument("file", help="a UTF-8 text file")
     parser.add_argument("--name", default="text", help="folder in data/ to write")
-    parser.add_argument("--tokenizer", default="bytes", help=TOKENIZERS)
+    parser.add_data_flags("bytes")
     args = parser.parse_args()
     if not re.fullmatch(r"[A-Za-z0-9_-]+", args.name):
         fail(f"--name {args.name!r}: use letters, digits, - and _")
 
     text = read(args.file)
     cut = max(1, len(text) * 9 // 10)
-    write(args.name, dict(train=text[:cut], val=text[cut:]), args.tokenizer, Path(args.file).name)
+    write(args.name, dict(train=text[:cut], val=text[cut:]), args.tokenizer, Path(args.file).name,
+          overwrite=args.overwrite)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from xml.etree import ElementTree
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # where the package data is found
 from data import download
-from data.common import (TOKENIZERS, Parser, any_output, encoding, fail, make_folder, one_line,
+from data.common import (Parser, any_output, encoding, fail, make_folder, one_line,
                          write, write_whole)
 
 REQUIREMENT = "gensim==4.4.0"
@@ -161,7 +161,7 @@ def main():
     parser = Parser(__doc__)
     parser.add_argument("--file", type=Path,
                         help="the wheel, or a dump of Wikipedia (.xml.bz2): no download")
-    parser.add_argument("--tokenizer", default="smollm2", help=TOKENIZERS)
+    parser.add_data_flags("smollm2")
     args = parser.parse_args()
 
     encoding(args.tokenizer)                          # what is missing is said before any download
@@ -189,9 +189,10 @@ def main():
     held_out = max(1, len(found) // 10)
     origin = args.file.name if args.file else f"{REQUIREMENT}'s test data"
     credit = SOURCE.format(count=len(found), origin=origin) + "\n".join(title for title, _ in found)
-    write_whole(folder / "SOURCE.txt", (credit + "\n").encode())
     texts = [text for _, text in found]
-    write("wikipedia", dict(train=texts[held_out:], val=texts[:held_out]), args.tokenizer, origin)
+    write("wikipedia", dict(train=texts[held_out:], val=texts[:held_out]), args.tokenizer, origin,
+          overwrite=args.overwrite)
+    write_whole(folder / "SOURCE.txt", (credit + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import zlib
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # where the package data is found
-from data.common import TOKENIZERS, Parser, any_output, fail, fetched, write
+from data.common import Parser, any_output, fail, fetched, write
 
 URL = "https://wikitext.smerity.com/wikitext-2-raw-v1.zip"
 SPLITS = dict(train="wiki.train.raw", val="wiki.valid.raw", test="wiki.test.raw")
@@ -37,16 +37,16 @@ def main():
     parser = Parser(__doc__)
     parser.add_argument("--url", default=URL, help="of the zip: http, https or file")
     parser.add_argument("--file", type=Path, help="the zip, if it is here: no download")
-    parser.add_argument("--tokenizer", default="opt", help=TOKENIZERS)
+    parser.add_data_flags("opt")
     parser.add_argument("--opt-folder",
                         help="folder with OPT's vocab.json and merges.txt (default: they are "
                         "downloaded once, to ~/.cache/nanosea/facebook/opt-125m)")
     args = parser.parse_args()
 
-    path = args.file or fetched(args.url, "wikitext2", "wikitext-2-raw-v1.zip")
+    path = args.file or fetched(args.url, "wikitext2", "wikitext-2-raw-v1.zip", args.overwrite)
     source = str(args.file.name) if args.file else args.url
     folder = args.opt_folder if args.tokenizer == "opt" else None
-    write("wikitext2", read_splits(path), args.tokenizer, source, folder)
+    write("wikitext2", read_splits(path), args.tokenizer, source, folder, args.overwrite)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ import http.server
 import json
 import pickle
 import random
+import shutil
 import struct
 import subprocess
 import sys
@@ -375,6 +376,42 @@ def test_folders_and_files_confused(tmp_path, monkeypatch, capsys):
         assert capsys.readouterr().err.count("\n") == 1
 
 
+def run(script, line, monkeypatch, capsys):
+    """Call a script's main -> its exit status and what it wrote to stderr."""
+    monkeypatch.setattr(sys, "argv", [Path(script.__file__).name, *line.split()])
+    status = 0
+    try:
+        script.main()
+    except SystemExit as stop:
+        status = stop.code
+    return status, capsys.readouterr().err
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_another_text_does_not_replace_a_data_set(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(common, "FOLDER", tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("one text " * 20)
+    Path("b.txt").write_text("another " * 20)
+    shutil.copytree(GOLDEN, "data/smollm2")
+    for line in ("a.txt", "a.txt", "b.txt --name other"):
+        assert run(text, line, monkeypatch, capsys) == (0, "")
+    before = content(Path("data/text"))
+    for line, said in (("b.txt", "source was a.txt, now b.txt"),
+                       ("a.txt --tokenizer smollm2", "tokenizer was bytes, now smollm2")):
+        status, err = run(text, line, monkeypatch, capsys)
+        assert status == 2 and said in err and "--overwrite" in err and err.count("\n") == 1
+        assert content(Path("data/text")) == before
+    assert run(text, "b.txt --overwrite", monkeypatch, capsys) == (0, "")
+    assert common.load("text")[2]["source"] == "b.txt"
+    for damaged in ("", "{}", "[]"):
+        Path("data/text/meta.json").write_text(damaged)
+        assert run(text, "a.txt", monkeypatch, capsys) == (0, "")
+
+
 def test_byte_order_marks_and_utf_16(tmp_path, capsys):
     path = tmp_path / "text"
     path.write_bytes("\ufeffnaïve".encode())
@@ -431,7 +468,7 @@ def test_texts_end_with_the_end_of_text(tmp_path, monkeypatch):
     common.write("two", dict(train=["a", "b"], val=["c"]), "smollm2", "a test", GOLDEN)
     train, val, _ = common.load("two")
     assert (train == 0).sum() == 2 and train[-1] == 0 and val[-1] == 0
-    common.write("two", dict(train=["a", "b"], val=["c"]), "bytes", "a test")
+    common.write("two", dict(train=["a", "b"], val=["c"]), "bytes", "a test", overwrite=True)
     assert bytes(common.load("two")[0].tolist()) == b"a\n\n\nb"
 
 
