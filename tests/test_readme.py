@@ -138,6 +138,14 @@ def test_linked_files_exist(text):
     assert not [link for link in links + named if not (ROOT / link.split("#")[0]).exists()]
 
 
+@FILES
+def test_linked_chapters_exist(text):
+    """GitHub names a heading by its words: small letters, no signs, hyphens for spaces."""
+    headings = re.findall(r"^#+ (.*)", text, re.M)
+    names = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= set(names)
+
+
 def test_values_named_by_flags_exist():
     names = re.findall(r'--only \w+ "([^"]+)"', README)
     ablate = runpy.run_path(str(ROOT / "tests" / "ablate.py"))
