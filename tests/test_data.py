@@ -454,6 +454,37 @@ def test_ids_of_smollm2():
     same_ids(enc, "smollm2")
 
 
+def golden_metadata():
+    """The golden tokenizer as a GGUF file has it."""
+    vocab = json.loads((GOLDEN / "vocab.json").read_text())
+    merges = (GOLDEN / "merges.txt").read_text().split("\n")[1:-1]
+    return {"tokenizer.ggml.tokens": sorted(vocab, key=vocab.get), "tokenizer.ggml.merges": merges,
+            "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2,
+            "llama.context_length": 64}
+
+
+def test_tokenizer_files_of_a_gguf_file(tmp_path):
+    smollm2.write_tokenizer(tmp_path, golden_metadata())
+    same_ids(common.encoding("smollm2", tmp_path), "ids")
+    made = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert made["model"]["vocab"] == json.loads((GOLDEN / "vocab.json").read_text())
+    assert [made["added_tokens"][i]["content"] for i in (0, 2, 16)] == [
+        "<|endoftext|>", "<|im_end|>", "<empty_output>"]
+    names = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert (names["bos_token"], names["eos_token"]) == ("<|im_start|>", "<|im_end|>")
+
+
+def test_transformers_reads_them_as_we_do(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    smollm2.write_tokenizer(tmp_path, golden_metadata())
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    golden = json.loads((GOLDEN / "texts.json").read_text())
+    for words, ids in zip(golden["texts"], golden["ids"], strict=True):
+        if "<|endoftext|>" not in words:                 # a special token to them
+            assert theirs(words)["input_ids"] == ids
+
+
 def test_a_missing_tokenizer_says_how(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(common, "FOLDER", tmp_path)
     with pytest.raises(SystemExit, match="2"):
