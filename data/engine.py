@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 import zipfile
 import zlib
 from contextlib import contextmanager, nullcontext, suppress
@@ -30,7 +31,8 @@ from model import Config, Transformer
 RANK = int(os.environ.get("RANK", 0))                     # as torchrun sets them
 RANKS = int(os.environ.get("WORLD_SIZE", 1))
 # Flags that do not touch a run's numbers: it may go on with others.
-RUNNING = "out resume overwrite device kernels eval_windows save_minutes".split()
+RUNNING = "out resume overwrite device kernels eval_windows".split()
+SAVE_MINUTES = 10         # between checkpoints
 
 
 # --------------------------------------------------------------------------------------------------
@@ -43,6 +45,16 @@ def pick_device(wanted):
     return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
 
 
+def parse(parser, presets):
+    """Flags and device; what is not given has the value of the device's preset."""
+    parser.set_defaults(**presets[pick_device("auto")])           # --help shows them
+    device = pick_device(parser.parse_args().device)
+    parser.set_defaults(**presets[device])
+    args = parser.parse_args()
+    args.device = device
+    return args
+
+
 def pick_precision(device):
     """The autocast context of the matrix products, and what to tell about it."""
     if device == "cuda" and torch.cuda.get_device_capability() >= (8, 0):
@@ -51,16 +63,18 @@ def pick_precision(device):
 
 
 def pick_backend(device, kernels):
-    """Kernels or plain PyTorch, from now on -> what to tell about it."""
+    """Kernels or plain PyTorch, from now on: "triton" or "torch"."""
     if not kernels:
         sea.use_kernels(False)
-    return f"{sea.backend if device == 'cuda' else 'torch'} backend"
+    return sea.backend if device == "cuda" else "torch"
 
 
-def compiled(model):
-    """The model under torch.compile, which needs what the kernels need: Triton and a GPU."""
-    on_gpu = next(model.parameters()).is_cuda
-    return torch.compile(model) if on_gpu and sea.backend == "triton" else model
+def compile_blocks(*models, backend="inductor"):
+    """From now on the models' blocks run compiled. Equal blocks share a compilation, of seconds; of
+    a whole model it takes as many times longer as there are blocks."""
+    for model in models:
+        for block in model.layers:
+            block.compile(backend=backend)
 
 
 def peak_memory(device):
@@ -108,6 +122,13 @@ def check_budget(config):
 # --------------------------------------------------------------------------------------------------
 # The run
 
+def start(args):
+    """The ranks, the seed and the backend of a run -> the backend, the precision and its name."""
+    join_ranks(args.device)
+    torch.manual_seed(args.seed)
+    return pick_backend(args.device, args.kernels), *pick_precision(args.device)
+
+
 def training_script(main):
     """The main of a script that trains: what its user or the machine may cause is told in one
     line."""
@@ -129,39 +150,66 @@ def step_batches(tokens, context, args, step):
     """This rank's micro-batches of a step: inputs and targets (B, T)."""
     first = args.seed * 10 ** 9 + (step * RANKS + RANK) * args.accumulate
     seeds = range(first, first + args.accumulate)
-    return [random_batch(tokens, context, args.batch_size, seed, args.device) for seed in seeds]
+    batches = [random_batch(tokens, context, args.batch_size, seed, "cpu") for seed in seeds]
+    if args.device == "cpu":
+        return batches
+    # From pinned memory they are copied while the GPU still works.
+    return [[x.pin_memory().to(args.device, non_blocking=True) for x in batch] for batch in batches]
 
 
-def check_finite(norm, step, hint="try a lower --lr"):
+def check_finite(norm, step):
     """Stop before a step that would spoil the weights. It waits for the GPU."""
     if not norm.isfinite():
-        fail(f"the gradient's norm is {norm:.4g}; this is step {step}: {hint}")
+        fail(f"the gradient's norm is {norm:.4g}; this is step {step}: try a lower --lr")
 
 
-class Stop:
-    """True after Ctrl-C, SIGTERM or SIGHUP, so that no step is cut in two; the second one stops at
-    once."""
+class Keeper:
+    """Holds a run's folder and keeps its checkpoint; with --resume, brings all to where it was.
 
-    def __init__(self):
+    settings: of settings_of. content: what else a checkpoint holds, beside what it held before.
+    """
+
+    def __init__(self, args, model, optimizer, settings, **content):
+        self.lock = own_folder(args)             # held until this process ends
+        self.path = args.out / "ckpt.pt"
+        self.args = args
+        self.model = model
+        self.optimizer = optimizer
+        self.settings = settings
+        self.content = dict(content, data=args.data)
+        self.step = 0
         self.signal = 0
+        if args.resume:
+            saved, self.step = resume(self.path, model, optimizer, settings)
+            self.content = saved | self.content
+
+    def steps(self):
+        """The numbers of the steps to do. Between steps it saves: by the clock, after the last
+        one, and after a signal, which ends the run."""
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             if hasattr(signal, name):                     # Windows has no SIGHUP
-                signal.signal(getattr(signal, name), self.ask)
+                signal.signal(getattr(signal, name), self.stop)
+        last = self.args.steps
+        saved = time.time()
+        for step in range(self.step + 1, last + 1):
+            yield step
+            stopped = any_rank(self.signal, self.args.device)
+            if stopped or step == last or time.time() - saved >= 60 * SAVE_MINUTES:
+                save_checkpoint(self.path, self.model, step=step, settings=self.settings,
+                                optimizer=self.optimizer.state_dict(), **self.content)
+                saved = time.time()
+            if stopped:
+                say(f"{self.path} holds step {step} of {last}; "
+                    "the same command with --resume goes on")
+                raise SystemExit(128 + (self.signal or signal.SIGINT))
 
-    def ask(self, number, frame):
+    def stop(self, number, frame):
+        """A first signal lets the step end, so that none is cut in two; a second one does not."""
         self.signal = number
         signal.signal(number, signal.default_int_handler)
         if RANK == 0:
             with suppress(OSError):                       # after SIGHUP the terminal is closed
                 print("stopping after this step; once more: at once", file=sys.stderr)
-
-    def __bool__(self):
-        return self.signal > 0
-
-    def leave(self, path, step, steps):
-        """The end of a run that was stopped."""
-        say(f"{path} holds step {step} of {steps}; the same command with --resume goes on")
-        raise SystemExit(128 + (self.signal or signal.SIGINT))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -216,7 +264,8 @@ def checkpoint_of_ours(path):
 def load_checkpoint(path, device):
     """A file of save_checkpoint -> the model on the device, and the rest of the file."""
     if not os.path.isfile(path):
-        fail(f"there is no checkpoint {path}; python train.py makes out/sea-stdlib/ckpt.pt")
+        fail(f"there is no checkpoint {path}; python train.py makes out/sea-stdlib/ckpt.pt, "
+             "python train.py --attention dense a teacher's")
     with checkpoint_of_ours(path):
         if not zipfile.is_zipfile(path):
             raise RuntimeError("cut off, or another kind of file")
@@ -289,23 +338,26 @@ def settings_of(args, tokens):
     return fixed | dict(data=fingerprint(tokens), accumulate=args.accumulate * RANKS)
 
 
-def resume(path, model, optimizers, settings):
-    """Bring all to where a run of these settings was saved, and return the rest of its
-    checkpoint."""
+def resume(path, model, optimizer, settings):
+    """Bring both to where a run of these settings was saved -> the rest of its checkpoint, and its
+    step."""
     found, saved = load_checkpoint(path, "cpu")
-    if "optimizers" not in saved:
+    if "optimizer" not in saved:
         fail(f"{path} holds no state of an optimizer; leave --resume out")
     with checkpoint_of_ours(path):
-        check_same_run(path, saved["settings"], settings)
-        if not 0 < int(saved["step"]) <= settings["steps"]:
-            raise ValueError(f"it is of step {saved['step']}")
-        if saved["step"] == settings["steps"]:
-            say(f"{path} holds all {saved['step']} steps; nothing is left to do")
+        check_same_run(path, saved.pop("settings"), settings)
+        step = int(saved.pop("step"))
+        if not 0 < step <= settings["steps"]:
+            raise ValueError(f"it is of step {step}")
+        if step == settings["steps"]:
+            say(f"{path} holds all {step} steps; nothing is left to do")
             raise SystemExit(0)
         model.load_state_dict(found.state_dict())
-        for optimizer, state in zip(optimizers, saved.pop("optimizers"), strict=True):
-            load_optimizer(optimizer, state)
-    return saved
+        optimizer.load_state_dict(saved.pop("optimizer"))
+        for p, kept in optimizer.state.items():       # torch does not check whose states they are
+            if not all(x.shape in (p.shape, ()) for x in kept.values()):
+                raise ValueError("its optimizer is of other weights")
+    return saved, step
 
 
 def check_same_run(path, before, now):
@@ -319,14 +371,6 @@ def check_same_run(path, before, now):
         more = "; --lr falls over all --steps, so with other --steps every step is another one"
     fail(f"{path} is of another run ({'; '.join(changed)}); take the flags and data of that run, "
          f"or another --out without --resume{more}")
-
-
-def load_optimizer(optimizer, state):
-    """Its states must be those of its weights, which torch does not check."""
-    optimizer.load_state_dict(state)
-    for p, kept in optimizer.state.items():
-        if not all(x.shape in (p.shape, ()) for x in kept.values()):
-            raise ValueError("its optimizer is of other weights")
 
 
 # --------------------------------------------------------------------------------------------------

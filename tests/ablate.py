@@ -163,7 +163,7 @@ def parse_arguments():
     args = parser.parse_args()
     args.device = engine.pick_device(args.device)
     # What distill.py has flags for.
-    return argparse.Namespace(**vars(args), eval_only="val", accumulate=1, weights=distill.WEIGHTS)
+    return argparse.Namespace(**vars(args), eval_only="val", accumulate=1)
 
 
 def make_student(teacher, attention, times, args):
@@ -184,18 +184,12 @@ def row_of(name, teacher, tokens, held_out, args, precision):
         untrained = evaluate(student, held_out, args.batch_size, args.eval_windows, precision)
         if args.steps:
             optimizer = distill.make_optimizer(student)
-            distill.distill(student, teacher, tokens, args, precision, optimizer, save=stop_early)
+            distill.distill(student, teacher, tokens, args, precision, optimizer)
         loss = evaluate(student, held_out, args.batch_size, args.eval_windows, precision)
-        idx = torch.from_numpy(held_out[:min(args.context, distill.MOST_ROWS)].astype("int64"))[None]
-        keys, mass = distill.keys_and_mass(student.eval(), idx.to(args.device))
+        keys, mass = distill.keys_and_mass(student.eval(), held_out)
     return dict(variant=name, ppl_untrained=math.exp(untrained), ppl=math.exp(loss), keys=keys, mass=mass,
                 block_size=student.config.block_size, keys_per_query=student.config.keys_per_query,
                 context=args.context, steps=args.steps)
-
-
-def stop_early(step, stop):
-    if stop is not None:                     # Ctrl-C ends the program after a step
-        raise SystemExit(130)
 
 
 @one_line(KeyboardInterrupt, OSError, hint="the CSV keeps the rows that were known")
@@ -205,7 +199,6 @@ def main():
         return print(*VARIANTS, sep="\n")
     engine.pick_backend(args.device, kernels=False)
     precision, _ = engine.pick_precision(args.device)
-    args.save_minutes = math.inf
     teacher, _, tokens, held_out = distill.load_teacher(args)
     if teacher.config.attention != "dense":
         fail(f"{args.teacher} has {teacher.config.attention} attention; a teacher must be dense")

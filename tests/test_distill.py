@@ -1,5 +1,6 @@
 """Distillation: a student starts where its teacher is, learns and stays linear in memory."""
 import argparse
+import copy
 import math
 import shutil
 import sys
@@ -21,8 +22,7 @@ from model import ATTENTIONS, Config, Transformer
 GOLDEN = Path(__file__).parent / "golden"
 SMALL = dict(architecture="llama", context=64, n_layer=2, n_head=4, n_kv_head=2, n_embd=64, attention="dense",
              block_size=4, keys_per_query=4, coarse=4, map_width=16, num_features=16)
-SETTINGS = dict(lr=1e-3, steps=40, batch_size=8, seed=1, accumulate=1, save_minutes=9, device="cpu",
-                weights=distill.WEIGHTS)
+SETTINGS = dict(lr=1e-3, steps=40, batch_size=8, seed=1, accumulate=1, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +35,13 @@ def teacher(tokens):
     """A dense model after 80 steps."""
     torch.manual_seed(0)
     model = Transformer(Config(**SMALL))
-    optimizers = train.make_optimizers(model)
+    optimizer = train.make_optimizer(model)
     for step in range(1, 81):
         model(*data.common.random_batch(tokens, 64, 8, step, "cpu")).loss.backward()
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = train.learning_rate(step, 1e-2, 80)
-            optimizer.step()
-            optimizer.zero_grad()
+        for group in optimizer.param_groups:
+            group["lr"] = train.learning_rate(step, 1e-2, 80)
+        optimizer.step()
+        optimizer.zero_grad()
     return model.eval()
 
 
@@ -66,13 +65,14 @@ def test_a_student_whose_budget_covers_the_past_is_its_teacher(teacher, tokens):
     assert whole < 3 and abs(loss_of(student_of(teacher), tokens) - whole) > 1e-3
 
 
-def test_what_is_compiled_gives_the_same_losses_at_every_length(teacher, tokens):
+def test_compiled_blocks_give_the_same_losses_at_every_length(teacher, tokens):
     """With the backend that runs what was traced: inductor needs a C compiler and a minute."""
-    student = student_of(teacher).train()
-    compiled = torch.compile(student, backend="eager")
+    student = student_of(teacher)
+    compiled, wise = copy.deepcopy(student), copy.deepcopy(teacher)
+    engine.compile_blocks(compiled, wise, backend="eager")
     for context in (33, 64):
         batch = data.common.random_batch(tokens, context, 2, context, "cpu")
-        wanted, found = losses_of(student, teacher, batch), losses_of(compiled, teacher, batch)
+        wanted, found = losses_of(student, teacher, batch), losses_of(compiled, wise, batch)
         for name in distill.LOSSES:
             assert found[name].item() == pytest.approx(wanted[name].item(), rel=1e-4), (context, name)
         sum(found.values()).backward()
@@ -80,7 +80,7 @@ def test_what_is_compiled_gives_the_same_losses_at_every_length(teacher, tokens)
 
 @pytest.mark.parametrize("attention", ["sea", "paper"])
 def test_distillation_lowers_the_losses(attention, teacher, tokens, capsys, monkeypatch):
-    monkeypatch.setattr(distill, "LOG_STEPS", 1)
+    monkeypatch.setattr(train, "LOG_STEPS", 1)
     student = student_of(teacher, attention)
     before, args = loss_of(student, tokens), SimpleNamespace(**SETTINGS)
     distill.distill(student, teacher, tokens, args, nullcontext(), distill.make_optimizer(student))
@@ -118,13 +118,12 @@ def test_two_rates_and_every_parameter_once(teacher, attention):
 
 
 def test_keys_and_mass(teacher, tokens):
-    idx = torch.from_numpy(tokens[:64].astype("int64"))[None]
-    assert distill.keys_and_mass(teacher, idx) == (None, None)
-    keys, mass = distill.keys_and_mass(student_of(teacher, keys_per_query=64), idx)
+    assert distill.keys_and_mass(teacher, tokens) == (None, None)
+    keys, mass = distill.keys_and_mass(student_of(teacher, keys_per_query=64), tokens)
     assert keys == pytest.approx((64 + 1) / 2) and mass == pytest.approx(1, abs=1e-5)
-    few, less = distill.keys_and_mass(student_of(teacher, keys_per_query=4), idx)
+    few, less = distill.keys_and_mass(student_of(teacher, keys_per_query=4), tokens)
     assert 8 < few < 3 * 4 + 2.5 and 0 < less < mass        # three blocks of four, half of its own
-    window, _ = distill.keys_and_mass(student_of(teacher, "window", keys_per_query=4), idx)
+    window, _ = distill.keys_and_mass(student_of(teacher, "window", keys_per_query=4), tokens)
     assert window == pytest.approx(few, abs=1)
 
 
@@ -234,7 +233,9 @@ def test_published_weights_in_a_folder(name, tokenizer, folder, monkeypatch, cap
     ("--teacher no-folder", "facebook/opt-125m"), ("--teacher t.pt --data nowhere", "ready: gpt, tiny"),
     ("--teacher t.pt --block-size 0", "--block-size"), ("--teacher t.pt --data gpt", "--tokenizer bytes"),
     ("--teacher t.pt --eval-only dev", "--eval-only"), ("--teacher t.pt --steps 0", "--steps"),
-    ("--teacher t.pt --context 900", "take more text")])
+    ("--teacher t.pt --context 900", "a --context under 800"),
+    ("--teacher t.pt --attention dense --keys-per-query 8", "leave out"),
+    ("--teacher t.pt --attention performer --block-size 8", "leave out")])
 def test_mistakes_are_one_line_and_status_2(line, hint, folder, teacher, monkeypatch, capsys):
     engine.save_checkpoint(Path("t.pt"), teacher, tokenizer="bytes", data="tiny")
     (folder / "data" / "gpt").mkdir()

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import data.common
 from data import engine
@@ -33,62 +34,34 @@ def text():
     return np.frombuffer(sources, np.uint8).astype(np.uint16)
 
 
-def learn(model, tokens, steps, lr=5e-3, kl_weight=0.1, batch_size=16):
+def learn(model, tokens, steps, lr=5e-3, batch_size=16):
     """Train -> the text's loss and, of the paper's kind, the estimate's, of each step."""
-    optimizers = train.make_optimizers(model)
+    optimizer = train.make_optimizer(model)
     losses = []
     for step in range(1, steps + 1):
         out = model(*data.common.random_batch(tokens, model.config.context, batch_size, step, "cpu"))
         kl = out.loss.new_zeros(()) if out.kl is None else out.kl
-        (out.loss + kl_weight * kl).backward()
+        (out.loss + train.KL_WEIGHT * kl).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = train.learning_rate(step, lr, steps)
-            optimizer.step()
-            optimizer.zero_grad()
+        for group in optimizer.param_groups:
+            group["lr"] = train.learning_rate(step, lr, steps)
+        optimizer.step()
+        optimizer.zero_grad()
         losses.append([out.loss.item(), kl.item()])
     return np.array(losses)
 
 
-# ---- optimizers
-
-@pytest.mark.parametrize("shape", [(5, 24, 24), (3, 24, 96), (3, 96, 24)])
-def test_orthogonalize(shape):
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    found = train.orthogonalize(x)
-    assert found.shape == shape
-    values = torch.linalg.svdvals(found)
-    assert values.median() > 0.6 and values.max() < 1.3 < torch.linalg.svdvals(x).max()
-    u, _, vh = torch.linalg.svd(x, full_matrices=False)
-    assert torch.nn.functional.cosine_similarity(found.flatten(1), (u @ vh).flatten(1)).min() > 0.95
-
-
-@pytest.mark.parametrize("shape", [(24, 24), (24, 96), (96, 24)])
-def test_muon_is_that_of_torch(shape):
-    """Within the bfloat16 that torch's uses."""
-    ours, theirs = torch.nn.Parameter(torch.ones(shape)), torch.nn.Parameter(torch.ones(shape))
-    muon = train.Muon([ours])
-    muon.param_groups[0]["lr"] = 0.01
-    wanted = torch.optim.Muon([theirs], lr=0.01, weight_decay=train.WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw")
-    for step in range(4):
-        ours.grad = torch.randn(shape, generator=torch.Generator().manual_seed(step))
-        theirs.grad = ours.grad.clone()
-        muon.step()
-        wanted.step()
-    moved = (theirs - 1).norm()
-    assert moved > 0.1 and (ours - theirs).norm() < 0.02 * moved
-
+# ---- the optimizer
 
 @pytest.mark.parametrize("attention", ["sea", "paper"])
-def test_every_parameter_has_one_optimizer(attention):
+def test_matrices_of_blocks_decay_and_nothing_else(attention):
     model = small_model(attention=attention, tied=False)
-    muon, adamw = train.make_optimizers(model)
     names = {id(p): name for name, p in model.named_parameters()}
-    by_muon = [names.pop(id(p)) for p in muon.param_groups[0]["params"]]
-    by_adamw = [names.pop(id(p)) for p in adamw.param_groups[0]["params"]]
-    assert not names and len(by_muon) == 2 * 7 and all("proj.weight" in name for name in by_muon)
-    assert "embed_tokens.weight" in by_adamw and "lm_head.weight" in by_adamw
+    decays = {names.pop(id(p)): group["weight_decay"] for group in train.make_optimizer(model).param_groups
+              for p in group["params"]}
+    assert not names and sum(decay > 0 for decay in decays.values()) >= 2 * 7
+    for name, p in model.named_parameters():
+        assert (decays[name] > 0) == (name.startswith("layers.") and p.dim() == 2), name
 
 
 def test_learning_rate():
@@ -122,7 +95,30 @@ def test_the_papers_estimate_learns(text):
         p.requires_grad_(".estimator." not in name or "gates" in name)
     kl, kl_frozen = [learn(model, text, 40, batch_size=8)[-10:, 1].mean() for model in (learned, frozen)]
     print(kl, kl_frozen)
-    assert 0 < kl < 0.6 * kl_frozen
+    assert 0 < kl < 0.7 * kl_frozen
+
+
+@pytest.mark.parametrize("attention", ["sea", "paper", "dense"])
+def test_compiled_blocks_are_the_same_model_from_one_compilation(attention, text, tmp_path):
+    """With the backend that runs what was traced: inductor needs a C compiler and a minute."""
+    plain, compiled = [small_model(attention=attention, n_layer=3) for _ in range(2)]
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    engine.compile_blocks(compiled, backend=counter)
+    for seed in range(2):
+        batch = data.common.random_batch(text, 64, 2, seed, "cpu")
+        wanted, found = plain(*batch), compiled(*batch)
+        assert found.loss.item() == pytest.approx(wanted.loss.item(), rel=1e-5)
+        for out in (wanted, found):
+            (out.loss if out.kl is None else out.loss + out.kl).backward()
+    for p, q in zip(plain.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, atol=1e-5, rtol=1e-4)
+    assert counter.frame_count == 1
+    loss = train.evaluate(compiled, text, 2, 4, nullcontext())
+    assert loss == pytest.approx(train.evaluate(plain, text, 2, 4, nullcontext()), rel=1e-5)
+    assert counter.frame_count == 2                          # one for training, one for evaluation
+    engine.save_checkpoint(tmp_path / "c.pt", compiled, tokenizer="bytes", data="tiny")
+    engine.load_checkpoint(tmp_path / "c.pt", "cpu")
 
 
 # ---- the scripts
@@ -170,11 +166,11 @@ def test_train_then_sample(data_folder, monkeypatch, capsys):
     assert said["val_ppl"] == pytest.approx(math.exp(said["val_loss"]), rel=1e-3)
     model, saved = engine.load_checkpoint("out/sea-tiny/ckpt.pt", "cpu")
     assert saved["tokenizer"] == "bytes" and saved["data"] == "tiny"
-    assert sorted(path.name for path in Path("out/sea-tiny").iterdir()) == ["ckpt.pt", "lock", "log.csv"]
+    assert sorted(path.name for path in Path("out/sea-tiny").iterdir()) == ["ckpt.pt", "lock"]
     val = data.common.load("tiny")[1]
     assert train.evaluate(model, val, 2, 3, nullcontext()) == pytest.approx(said["val_loss"], abs=1e-3)
-    rows = Path("out/sea-tiny/log.csv").read_text().splitlines()
-    assert len(rows) == 5 and rows[0].startswith("step,loss,attention_kl,val_loss")
+    steps = [line.split()[1] for line in out.splitlines() if line.startswith("step")]
+    assert steps == ["1/4", "2/4", "3/4", "4/4"]
     line = "--checkpoint out/sea-tiny/ckpt.pt --prompt def --max-new-tokens 40 --device cpu --top-k 20"
     texts = [run(sample, line, monkeypatch, capsys)[1] for _ in range(2)]
     assert texts[0] == texts[1] and texts[0].startswith("def") and len(texts[0]) > 20
@@ -187,8 +183,8 @@ def test_the_papers_kind_tells_its_kl(data_folder, monkeypatch, capsys):
 
 def test_equal_seeds_train_equally(data_folder, monkeypatch, capsys):
     ends = [final(run(train, f"{TINY} --overwrite {more}", monkeypatch, capsys)[1])["val_loss"]
-            for more in ("", "", "--seed 2", "--kl-weight 2")]
-    assert ends[0] == ends[1] == ends[3] != ends[2]
+            for more in ("", "", "--seed 2")]
+    assert ends[0] == ends[1] != ends[2]
 
 
 def test_accumulated_batches_are_one_batch(data_folder, monkeypatch, capsys):
@@ -302,7 +298,7 @@ def test_text_ends_at_the_end_of_text(data_folder, monkeypatch, capsys):
 
 @pytest.mark.parametrize("command, wanted", [("head -c 3", "def"), ("cat", "defé")])
 def test_stdout_of_any_kind(command, wanted, data_folder):
-    """A reader that has seen enough, and an encoding without most characters: nothing on stderr but the rate."""
+    """A reader that has seen enough, and an encoding without most characters: no noise on stderr."""
     engine.save_checkpoint(Path("ckpt.pt"), small_model(context=32), tokenizer="bytes", data="tiny")
     script = Path(train.__file__).with_name("sample.py")
     line = f"{sys.executable} {script} --checkpoint ckpt.pt --max-new-tokens 60 --prompt defé | {command}"
