@@ -1,10 +1,16 @@
-"""The page of sample.py --page: assets/attention.html with a text and the attention of all heads."""
+"""
+The page of sample.py --page: assets/attention.html with a text and the attention of every head.
+
+A share of attention is a byte in it, a step of a scale of cube roots, which keeps 1 % and 2 % well
+apart. Few keys have a share worth a step: a page holds where those are, and their bytes.
+"""
 import base64
 import codecs
 import json
 import zlib
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -12,10 +18,13 @@ import sea
 from data.common import write_whole
 
 TEMPLATE = Path(__file__).resolve().parent / "attention.html"
-ROOM = 1_800_000        # bytes of heads in a page, so that it can be mailed
-LEAST = 0.001, 0.01     # shares that a page shows, from the first of these that lets all heads fit
-MOST_TOKENS = 512       # in a page, which holds T x T numbers of each head
+MOST_TOKENS = 1024      # in a page, which holds T x T numbers of each head
+ROOM = 1_950_000        # bytes of pictures in a page, so that it can be mailed
 SMALL = 32              # pixels of a thumbnail's side
+STEPS = 127             # of a scale, the most that leave a bit of the byte
+# Steps, the least share that is kept, and the layers, each or each second ..: the first that fits.
+DETAILS = ((STEPS, 0.001, 1), (31, 0.01, 1), (15, 0.02, 1), (15, 0.03, 1), (15, 0.04, 1),
+           (15, 0.05, 1), (15, 0.05, 2), (15, 0.05, 4), (15, 0.05, 8), (15, 0.05, 999))
 
 
 @torch.no_grad()
@@ -27,44 +36,59 @@ def pictures(model, idx):
         shown = sea.estimated_attention(q, k, c.block_size, c.keys_per_query, c.coarse)
         # With a budget of all keys it is dense.
         dense = sea.estimated_attention(q, k, c.block_size, idx.shape[1], c.coarse)[2]
-        yield [picture[0].float() for picture in (*shown, dense)]
+        yield [picture[0].float().cpu() for picture in (*shown, dense)]
 
 
-def shades(share, most=255, least=0):
-    """Bytes of shares: the cube root keeps 1 % and 2 % well apart. Those below least become 0."""
-    return (most * share.masked_fill(share < least, 0) ** (1 / 3)).round().byte()
+def on_scale(share, steps=STEPS, least=0):
+    """Bytes 0 to steps; shares below least become 0."""
+    return (steps * share.masked_fill(share < least, 0) ** (1 / 3)).round().byte()
 
 
-def compress(content):
-    return base64.b64encode(zlib.compress(content.cpu().numpy())).decode()
+def compress(*parts):
+    """Each part with a code of its own, as text."""
+    deflate = zlib.compressobj(strategy=zlib.Z_RLE)      # only runs repeat in these
+    packed = [deflate.compress(part) + deflate.flush(zlib.Z_FULL_FLUSH) for part in parts]
+    return base64.b64encode(b"".join(packed) + deflate.flush()).decode()
 
 
-def pack(estimate, mask, used, dense, block_size, least):
-    """What a page holds of a head: of T queries the attention that SEA missed, of T x W blocks the
-    estimate, 128 more where they are chosen, of T x T keys the attention that is used or, outside
-    the mask, was missed."""
+def sparse(picture):
+    """Bytes (T, width) as a bit for each, whether it is above 0, then those bytes that are. A key
+    that matters does so to many queries: by columns it takes less."""
+    columns = picture.T.numpy()
+    return np.packbits(columns > 0).tobytes(), columns[columns > 0].tobytes()
+
+
+def shares(estimate, mask, used, dense, block_size):
+    """What a page shows of a head: of T queries the attention that SEA missed, of T x W blocks the
+    estimate and whether they are chosen, of T x T keys the attention that is used or, outside the
+    mask, was missed."""
     first_keys = slice(0, len(mask) // block_size * block_size, block_size)
-    blocks = shades(block_size * estimate[:, first_keys], 127, least)
-    blocks += 128 * mask[:, first_keys].byte()
     missed = dense * (1 - mask)
-    keys = shades(used + missed, 255, least)
-    return compress(torch.cat((shades(missed.sum(-1)), blocks.flatten(), keys.flatten())))
+    return (missed.sum(-1), block_size * estimate[:, first_keys], mask[:, first_keys].byte(),
+            (used + missed).half())
+
+
+def pack(missed, blocks, chosen, keys, steps, least):
+    blocks = on_scale(blocks, steps, least) + 128 * chosen
+    keys = on_scale(keys.float(), steps, least)
+    return compress(on_scale(missed).numpy(), *sparse(blocks), *sparse(keys))
+
+
+def pack_what_fits(layers, room):
+    """Layers {number: its heads' shares} -> {number: its heads, packed}, the steps, the least."""
+    for steps, least, stride in DETAILS:
+        packed = {i: [pack(*head, steps, least) for head in layers[i]]
+                  for i in list(layers)[::stride]}
+        if sum(len(head) for heads in packed.values() for head in heads) <= room:
+            break
+    return packed, steps, least
 
 
 def thumbnails(mask, dense):
     """Heads (H, T, T) as small pictures of their peaks, 128 more where SEA missed the peak."""
     peaks = torch.stack((dense * mask, dense * (1 - mask)))
     used, missed = F.adaptive_max_pool2d(peaks, SMALL)               # (H, SMALL, SMALL)
-    return shades(torch.maximum(used, missed), 127) + 128 * (missed > used).byte()
-
-
-def layers_that_fit(sizes):
-    """All layers or, evenly from first to last, as many as there is room for, one at least."""
-    for count in range(len(sizes), 0, -1):
-        layers = torch.linspace(0, len(sizes) - 1, count).round().long().tolist()
-        if sum(sizes[i] for i in layers) <= ROOM:
-            break
-    return layers
+    return on_scale(torch.maximum(used, missed)) + 128 * (missed > used).byte()
 
 
 def texts_of(tokens):
@@ -78,22 +102,21 @@ def texts_of(tokens):
 def write_page(model, enc, idx, path, layers):
     """Put the text and the attention of all heads into a copy of the template: one file for all."""
     c = model.config
-    for least in LEAST:
-        heads, glance = [], []
-        for layer in pictures(model, idx):
-            heads.append([pack(*head, c.block_size, least) for head in zip(*layer)])
-            glance.append(thumbnails(layer[1], layer[3]))
-        sizes = [len("".join(heads[i])) for i in layers or range(c.n_layer)]
-        if sum(sizes) <= ROOM:
-            break
-    layers = sorted(set(layers or layers_that_fit(sizes)))
+    wanted, glance = {}, []
+    for i, layer in enumerate(pictures(model, idx)):
+        glance.append(thumbnails(layer[1], layer[3]))
+        if i in (layers or range(c.n_layer)):
+            wanted[i] = [shares(*head, c.block_size) for head in zip(*layer)]
+
+    glance = compress(torch.stack(glance).numpy())
+    packed, steps, least = pack_what_fits(wanted, ROOM - len(glance))
     tokens = texts_of([enc.decode_single_token_bytes(i) for i in idx[0].tolist()])
     data = dict(tokens=tokens, block_size=c.block_size, n=max(1, c.keys_per_query // c.block_size),
-                least=least, count=c.n_layer, heads=c.n_head, glance=compress(torch.stack(glance)),
-                layers={i: heads[i] for i in layers})
+                steps=steps, least=least, count=c.n_layer, heads=c.n_head, layers=packed,
+                glance=glance)
     data = json.dumps(data).replace("<", "\\u003c")              # no text can end the page's script
     page = TEMPLATE.read_text(encoding="utf-8").replace("PAGE_DATA", data).encode()
     write_whole(path, page)
-    size = f"{len(tokens)} tokens, {len(page) / 1e6:.2f} MB"
-    others = f"of 0 to {c.n_layer - 1}; --layers chooses others" if len(layers) < c.n_layer else ""
-    print(f"{path}: {size}, layers", *layers, others)
+    others = f"of 0 to {c.n_layer - 1}; --layers chooses others" if len(packed) < c.n_layer else ""
+    print(f"{path}: {len(tokens)} tokens, {len(page) / 1e6:.2f} MB, shares from {least:.1%},",
+          "layers", *packed, others)

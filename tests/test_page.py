@@ -88,12 +88,20 @@ def unpack(packed):
 def head_of(page, layer, head, T, S=8):
     """missed (T), blocks (T, W), keys (T, T) of a head, as bytes."""
     content = unpack(data_of(page)["layers"][str(layer)][head])
-    missed, blocks, keys = np.split(content, [T, T + T * (T // S)])
-    return missed, blocks.reshape(T, -1), keys.reshape(T, T)
+    pictures, rest = [], content[T:]
+    for width in (T // S, T):                            # by columns: a bit for each, then the bytes
+        length = -(-T * width // 8)
+        picture = np.unpackbits(rest[:length], count=T * width)
+        count = picture.sum()
+        picture[picture > 0] = rest[length:length + count]
+        rest = rest[length + count:]
+        pictures.append(picture.reshape(width, T).T)
+    assert len(rest) == 0
+    return content[:T], *pictures
 
 
-def shares(content, most=255):
-    return (content / most) ** 3
+def shares(content, steps=127):
+    return (content / steps) ** 3
 
 
 def kinds(query, blocks, S=8):
@@ -111,22 +119,22 @@ def test_the_numbers_are_those_of_sea(written):
     model, idx, page = written
     data, T = data_of(page), idx.shape[1]
     assert list(data["layers"]) == ["0", "1", "2", "3"] and data["heads"] == data["count"] == 4
-    assert (data["block_size"], data["n"], data["least"]) == (8, 2, 0.001)
+    assert (data["block_size"], data["n"], data["steps"], data["least"]) == (8, 2, 127, 0.001)
     for layer, head in ((0, 0), (1, 3), (3, 2)):
         missed, blocks, keys = head_of(page, layer, head, T)
         seen = model(idx, trace=True).trace[layer]
         shown = estimated_attention(seen.q, seen.k, 8, 16)
         estimate, mask, used = [picture[0, head].detach().numpy() for picture in shown]
         assert ((blocks > 127) == mask[:, ::8]).all()
-        assert np.abs(shares(blocks & 127, 127) - 8 * estimate[:, ::8]).max() < 0.013
-        assert np.abs(shares(keys) - used)[mask].max() < 0.007
+        assert np.abs(shares(blocks & 127) - 8 * estimate[:, ::8]).max() < 0.013
+        assert np.abs(shares(keys) - used)[mask].max() < 0.013
         assert not keys[used.astype(bool) & (used < 0.0009)].any() and not np.triu(keys, 1).any()
 
         scores = (seen.q[0, head] @ seen.k[0, head].T / 4).detach().numpy()
         dense = np.tril(np.exp(scores))
         dense /= dense.sum(-1, keepdims=True)
-        assert np.abs(shares(keys) - dense)[~mask].max() < 0.007
-        assert np.abs(shares(missed) - (dense * ~mask).sum(-1)).max() < 0.007
+        assert np.abs(shares(keys) - dense)[~mask].max() < 0.013
+        assert np.abs(shares(missed) - (dense * ~mask).sum(-1)).max() < 0.013
         assert shares(missed).max() > 0.05                           # there is something to show
 
 
@@ -136,11 +144,10 @@ def test_thumbnails_hold_the_peaks(written):
     missed, blocks, keys = head_of(page, 1, 2, idx.shape[1])
     mask = np.repeat(blocks > 127, 8, 1)
     dense = np.where(mask, shares(keys) * (1 - shares(missed))[:, None], shares(keys))
-    peaks = dense.reshape(32, 8, 32, 8).max((1, 3))
-    assert np.abs(shares(small[1, 2] & 127, 127) - peaks).max() < 0.03
-    sure = peaks > 0.02
-    lost = (dense * ~mask).reshape(32, 8, 32, 8).max((1, 3)) == peaks
-    assert ((small[1, 2] > 127) == lost)[sure].all() and lost[sure].any()
+    used, lost = [(dense * part).reshape(32, 8, 32, 8).max((1, 3)) for part in (mask, ~mask)]
+    assert np.abs(shares(small[1, 2] & 127) - np.maximum(used, lost)).max() < 0.03
+    sure = np.abs(lost - used) > 0.02
+    assert ((small[1, 2] > 127) == (lost > used))[sure].all() and (lost > used)[sure].any()
 
 
 def test_characters_stay_whole():
@@ -166,12 +173,23 @@ def test_a_page_can_be_mailed(written, tmp_path, monkeypatch):
     assert written[2].stat().st_size < 2_000_000
     monkeypatch.setattr(pages, "ROOM", 1000)
     pages.write_page(written[0], OddEncoding(), written[1], tmp_path / "a.html", None)
-    data = data_of(tmp_path / "a.html")                  # what does not fit is left out
-    assert (list(data["layers"]), data["least"], data["count"]) == (["0"], 0.01, 4)
-    monkeypatch.undo()
-    assert pages.layers_that_fit([10, 10, 10]) == [0, 1, 2]
-    assert pages.layers_that_fit([700_000] * 12) == [0, 11]
-    assert pages.layers_that_fit([9_000_000] * 12) == [0]
+    data = data_of(tmp_path / "a.html")                  # nothing fits: the least that there is
+    assert (list(data["layers"]), data["steps"], data["least"]) == (["0"], 15, 0.05)
+
+
+def test_what_fits_is_first_rough_then_left_out():
+    picture = torch.rand(64, 64, generator=torch.manual_seed(0)) ** 4
+    head = picture.sum(-1) / 99, picture[:, :8], torch.ones(64, 8).byte(), picture
+    layers = {i: [head] for i in (0, 2, 3, 5, 7)}
+
+    def full(steps, least):
+        return 5 * len(pages.pack(*head, steps, least))
+    for room, wanted in ((full(127, 0.001), (5, 127, 0.001)), (full(127, 0.001) - 1, (5, 31, 0.01)),
+                         (full(15, 0.02), (5, 15, 0.02)), (full(15, 0.05), (5, 15, 0.05)),
+                         (full(15, 0.05) - 1, (3, 15, 0.05)), (1, (1, 15, 0.05))):
+        packed, *detail = pages.pack_what_fits(layers, room)
+        assert (len(packed), *detail) == wanted
+    assert full(127, 0.001) > full(31, 0.01) > full(15, 0.02) > full(15, 0.05)
 
 
 # ---- the flags
@@ -339,12 +357,12 @@ def test_a_browser_shows_the_text_and_the_pictures(notes, written):
                                   "\u21b5\n\\x09if x:\\x01\u2028\U0001f600 end")
     missed, blocks, keys = head_of(page, 0, 0, T)
     inside = np.repeat(np.array(kinds(100, blocks)) != "missed", 8)[:101]
-    bytes_used = np.where(inside, keys[100, :101], 0)
-    dense = np.where(inside, bytes_used * (1 - shares(missed[100])) ** (1 / 3), keys[100, :101])
-    wanted = dict(estimate=np.append(np.repeat(2 * (blocks[100, :12] & 127), 8), 5 * [0]),
-                  select=255 * inside, attend=bytes_used, dense=np.floor(dense + 0.5))
+    opacity = 255 / 127 * keys[100, :101]
+    dense = np.where(inside, opacity * (1 - shares(missed[100])) ** (1 / 3), opacity)
+    wanted = dict(estimate=255 / 127 * np.append(np.repeat(blocks[100, :12] & 127, 8), 5 * [0]),
+                  select=255 * inside, attend=opacity * inside, dense=dense)
     for name, row in zip(wanted, notes["alphas"]):
-        assert row[:101] == wanted[name].tolist() and not any(row[101:]), name
+        assert np.abs(row[:101] - wanted[name]).max() < 0.51 and not any(row[101:]), name
     assert 0.2 < notes["glance"] < 0.6
 
 
@@ -356,7 +374,7 @@ def test_a_browser_shows_the_steps_of_a_token(notes, written):
     assert all(notes["changed"]) and notes["hovered"] == [90]
     assert notes["kinds"] == [found[i // 8] if i <= 90 else "later" for i in ends]
     assert {"first", "before", "own", "chosen", "missed"} <= set(notes["kinds"])
-    wanted = [max(keys[90, i - 2 if i % 16 == 9 else i:i + 1]) / 255 for i in ends]
+    wanted = [max(keys[90, i - 2 if i % 16 == 9 else i:i + 1]) / 127 for i in ends]
     assert np.allclose(notes["bars"], wanted)
     mass = (blocks[90, :11] & 127) / 127
     assert np.allclose(notes["masses"], [mass[i // 8] if i < 88 else 0 for i in ends])
