@@ -189,6 +189,15 @@ def columns_of(look, column, Z: tl.constexpr):
 
 
 @triton.jit
+def ordered(scores):
+    """Integers in the order of float32 scores, NaN highest."""
+    if UPCAST:                             # a GPU makes no negative NaN
+        scores = tl.where(scores == scores, scores, float("nan"))
+    bits = scores.to(tl.int32, bitcast=True)
+    return bits ^ (bits >> 31 & HIGHEST)
+
+
+@triton.jit
 def ranked(look, column, grain, low, edge, D: tl.constexpr, Z: tl.constexpr):
     """Scores (M, C) as integers of the same order, NaN highest; their lowest bits are `low`.
 
@@ -201,10 +210,7 @@ def ranked(look, column, grain, low, edge, D: tl.constexpr, Z: tl.constexpr):
     mean = tl.load(address, mask=real, other=0)                     # (C, D)
     half = tl.load(address + D, mask=real, other=0)
     scores = dot(q2, tl.trans(half), dot(q1, tl.trans(mean)))       # (M, C)
-    if UPCAST:                             # a GPU makes no negative NaN
-        scores = tl.where(scores == scores, scores, float("nan"))
-    bits = scores.to(tl.int32, bitcast=True)
-    x = (bits ^ (bits >> 31 & HIGHEST)) & -grain | low
+    x = ordered(scores) & -grain | low
     if edge:
         x = tl.where(seen & (block > 0)[None, :] & (block[None, :] < look[9] - 1), x, LOWEST)
     return x
@@ -525,6 +531,12 @@ def checked(q, k, v):
     return dense_rows(q), dense_rows(k), dense_rows(v)
 
 
+def budgets(block_size, keys_per_query, coarse):
+    """sea.budgets: how many blocks, and how many coarse blocks to look into for them."""
+    n = max(1, keys_per_query // block_size)
+    return n, max(8, keys_per_query // min(16, block_size * coarse))
+
+
 @torch.compiler.disable
 def attend(q, k, v, chosen, block_size):
     """sea.attend: exact attention to the chosen blocks and, up to the query itself, to its own."""
@@ -538,14 +550,163 @@ def sea_attention(q, k, v, block_size=8, keys_per_query=48, coarse=8, scale=None
     q, k, v = checked(q, k, v)
     T = k.shape[2]
     wide = block_size * coarse
-    n_coarse = max(8, keys_per_query // min(16, wide))
-    n = max(1, keys_per_query // block_size)
+    n, n_wide = budgets(block_size, keys_per_query, coarse)
     scale = q.shape[3] ** -0.5 if scale is None else scale
 
     with torch.no_grad():
         fine_moments, wide_moments = moments(k, block_size, coarse)
         near = None
-        if T // wide > n_coarse + 2:                                # otherwise all would be near
-            near = choose(q, wide_moments, T, wide, n_coarse, scale, LOOKING, REFINING)
+        if T // wide > n_wide + 2:                                  # otherwise all would be near
+            near = choose(q, wide_moments, T, wide, n_wide, scale, LOOKING, REFINING)
         lists = choose(q, fine_moments, T, block_size, n, scale, REFINING, ATTENDING, near, coarse)
     return Attend.apply(q, k, v, scale, block_size, lists)
+
+# --------------------------------------------------------------------------------------------------
+# One token
+#
+#   append   its k and v into the cache; the moments of the coarse block that it lies in
+#   glance   a program for 64 coarse blocks writes their scores
+#   decode   a program for a head:
+#       of the scores of coarse blocks the best n_wide -> scores of the blocks inside those
+#       of these the best n -> scores of their keys -> softmax -> sum of values
+#
+# The position is read on the GPU: the same three launches, in a CUDA graph, serve every token.
+
+@triton.jit
+def features(q, b, h, row, scale, D: tl.constexpr):
+    """What multiplies mean and half variance, rounded as choose does: (1, D padded), float32."""
+    exact = load(q, b, h, row, row >= 0, D).to(tl.float32) * scale
+    dtype = q[0].dtype.element_ty
+    return exact.to(dtype).to(tl.float32), (exact * exact).to(dtype).to(tl.float32)
+
+
+@triton.jit
+def scored(q1, q2, moments, b, h, block, real, D: tl.constexpr):
+    """Scores of blocks (n,) by their moments, as integers of the same order."""
+    address, column = addresses(moments, b, h, block, D)
+    mean = tl.load(address, mask=real[:, None] & column, other=0).to(tl.float32)
+    half = tl.load(address + D, mask=real[:, None] & column, other=0).to(tl.float32)
+    return ordered(tl.sum(q1 * mean + q2 * half, 1))
+
+
+@triton.jit
+def best(x, block, own, n, N: tl.constexpr):
+    """Of blocks (W,) with scores x the n best rivals, then block 0, the one before, the own one:
+    (N,), -1 where there is none."""
+    place = tl.arange(0, N)
+    key = tl.where((block > 0) & (block < own - 1), x, LOWEST).to(tl.int64) << 32
+    key = key | (HIGHEST - tl.maximum(block, 0))                    # if equal the lower block
+    chosen = tl.full([N], -1, tl.int32)
+    for i in range(n):
+        first = tl.max(key, 0)
+        found = tl.where(first >> 32 > LOWEST, HIGHEST - (first & HIGHEST), -1).to(tl.int32)
+        chosen = tl.where(place == i, found, chosen)
+        key = tl.where(key == first, -2 ** 63, key)
+    chosen = tl.where((place == n) & (own >= 1), 0, chosen)
+    chosen = tl.where((place == n + 1) & (own >= 2), own - 1, chosen)
+    return tl.where(place == n + 2, own, chosen)
+
+
+@triton.jit
+def append_kernel(k, v, all_k, all_v, fine, wide, position, HKV,
+                  D: tl.constexpr, S: tl.constexpr, Z: tl.constexpr):
+    b = tl.program_id(0) // HKV
+    h = tl.program_id(0) % HKV
+    t = tl.load(position).to(tl.int32)
+    row = tl.arange(0, 1)
+    address, column = addresses(all_k, b, h, t + row, D)
+    tl.store(address, load(k, b, h, row, row == 0, D), mask=column)
+    address, column = addresses(all_v, b, h, t + row, D)
+    tl.store(address, load(v, b, h, row, row == 0, D), mask=column)
+    tl.debug_barrier()                                              # other threads read it now
+    moments_of(all_k, fine, wide, t // (S * Z), t + 1, b, h, D, S, Z)
+
+
+@triton.jit
+def glance_kernel(q, wide, scores, position, scale, W, SIZE, H, HKV,
+                  D: tl.constexpr, C: tl.constexpr):
+    b = tl.program_id(1) // H
+    h = tl.program_id(1) % H
+    column = tl.program_id(0) * C + tl.arange(0, C)
+    own = tl.load(position).to(tl.int32) // SIZE
+    if tl.program_id(0) * C < own:                                  # of later ones none is read
+        q1, q2 = features(q, b, h, tl.arange(0, 1), scale, D)
+        x = scored(q1, q2, wide, b, h // (H // HKV), column, column < own, D)
+        tl.store(scores + tl.program_id(1) * W + column, x, mask=column < own)
+
+
+@triton.jit
+def decode_kernel(q, k, v, fine, scores, out, position, scale, W, n, n_wide, H, HKV,
+                  D: tl.constexpr, S: tl.constexpr, Z: tl.constexpr, WIDE: tl.constexpr,
+                  NEAR: tl.constexpr, N: tl.constexpr):
+    b = tl.program_id(0) // H
+    h = tl.program_id(0) % H
+    kv = h // (H // HKV)
+    t = tl.load(position).to(tl.int32)
+    own = t // S
+    row = tl.arange(0, 1)
+    q1, q2 = features(q, b, h, row, scale, D)                       # (1, D)
+
+    # First look: of the coarse blocks.
+    c = tl.arange(0, WIDE)
+    x = tl.load(scores + tl.program_id(0) * W + c, mask=c < own // Z, other=LOWEST)
+    near = best(x, c, own // Z, n_wide, NEAR)                       # (NEAR,)
+
+    # Second look: of the blocks inside those.
+    z = tl.arange(0, triton.next_power_of_2(Z))[None, :]
+    x = tl.full([NEAR, triton.next_power_of_2(Z)], LOWEST, tl.int32)
+    for i in tl.static_range(Z):
+        block = near * Z + i
+        score = scored(q1, q2, fine, b, kv, block, (near >= 0) & (block < own), D)
+        x = tl.where((z == i) & (near >= 0)[:, None], score[:, None], x)
+    block = near[:, None] * Z + z
+    chosen = best(tl.ravel(x), tl.ravel(block), own, n, N)          # (N,)
+
+    # Attend to the keys of the chosen blocks.
+    exact = load(q, b, h, row, row == 0, D).to(tl.float32)          # (1, D)
+    i = tl.arange(0, triton.next_power_of_2(S))[None, :]
+    s = tl.full([N, triton.next_power_of_2(S)], -float("inf"), tl.float32)
+    for j in tl.static_range(S):
+        key = chosen * S + j
+        real = (chosen >= 0) & (key <= t)
+        score = tl.sum(load(k, b, kv, key, real, D).to(tl.float32) * exact, 1)
+        s = tl.where((i == j) & real[:, None], score[:, None] * (scale * LOG2E), s)
+    p = tl.exp2(s - tl.max(tl.max(s, 1), 0))                        # (N, S)
+    acc = tl.zeros([padded(D)], tl.float32)
+    for j in tl.static_range(S):
+        key = chosen * S + j
+        v_tile = load(v, b, kv, key, (chosen >= 0) & (key <= t), D).to(tl.float32)
+        acc += tl.sum(tl.sum(tl.where(i == j, p, 0), 1)[:, None] * v_tile, 0)
+    address, column = addresses(out, b, h, row, D)
+    tl.store(address, (acc / tl.sum(tl.sum(p, 1), 0))[None, :], mask=column)
+
+
+def append(cache, k, v, position):
+    """sea.Cache.append: keep k, v (B, Hkv, 1, D) of the token at position (1,)."""
+    B, HKV, _, D = k.shape
+    tensors = k, v, cache.k, cache.v, cache.moments, cache.wide_moments
+    append_kernel[B * HKV,](*[strided(dense_rows(x)) for x in tensors], position, HKV,
+                            D=D, S=cache.block_size, Z=cache.coarse, num_warps=1)
+
+
+def decode(q, cache, position, keys_per_query=48, scale=None):
+    """sea.decode: sea_attention of the token at position (1,), q (B, H, 1, D) -> alike."""
+    q, k, v = checked(q, cache.k, cache.v)
+    B, H, _, D = q.shape
+    HKV = k.shape[1]
+    S = cache.block_size
+    W = cache.wide_moments.shape[2]
+    n, n_wide = budgets(S, keys_per_query, cache.coarse)
+    n = min(n, cache.moments.shape[2])
+    n_wide = min(n_wide, W)
+    scale = D ** -0.5 if scale is None else scale
+    scores = q.new_empty(B, H, W, dtype=torch.int32)
+    out = torch.empty_like(q)
+    glance_kernel[triton.cdiv(W, 64), B * H](
+        strided(q), strided(cache.wide_moments), scores, position, scale, W, S * cache.coarse,
+        H, HKV, D=D, C=64, num_warps=4)
+    decode_kernel[B * H,](
+        strided(q), strided(k), strided(v), strided(cache.moments), scores, strided(out), position,
+        scale, W, n, n_wide, H, HKV, D=D, S=S, Z=cache.coarse, WIDE=triton.next_power_of_2(W),
+        NEAR=triton.next_power_of_2(n_wide + 3), N=triton.next_power_of_2(n + 3), num_warps=4)
+    return out

@@ -226,7 +226,8 @@ class KeysAndValues:
 class Cache(KeysAndValues):
     """What decode needs: keys, values, and the moments of blocks and of coarse blocks.
 
-    Moments of a block that is not complete are wrong, and are not looked at.
+    Moments of a block that is not complete are wrong, and are not looked at. The kernels' ones are
+    of k's dtype.
     """
 
     def __init__(self, k, v, room, block_size=8, coarse=8):
@@ -234,11 +235,16 @@ class Cache(KeysAndValues):
         super().__init__(k, v, -(-room // wide) * wide)             # whole coarse blocks
         self.block_size = block_size
         self.coarse = coarse
-        self.moments = moments(self.k, block_size)                  # (B, Hkv, room / S, 2D)
-        self.wide_moments = moments(self.k, wide)                   # (B, Hkv, room / wide, 2D)
+        if k.is_cuda and backend == "triton":
+            both = kernels.moments(self.k, block_size, coarse)
+        else:
+            both = moments(self.k, block_size), moments(self.k, wide)
+        self.moments, self.wide_moments = both      # (B, Hkv, room / S, 2D), (B, Hkv, room / wide, 2D)
 
     def append(self, k, v, position):
         """Keep k, v (B, Hkv, 1, D) of the token at position (1,), and its blocks' new moments."""
+        if k.is_cuda and backend == "triton":
+            return kernels.append(self, k, v, position)
         super().append(k, v, position)
         wide = self.block_size * self.coarse
         for size, kept in (self.block_size, self.moments), (wide, self.wide_moments):
@@ -255,6 +261,8 @@ def decode(q, cache, position, keys_per_query=48, scale=None):
     position, no shape and no branch, so that it can be part of a CUDA graph.
     """
     check(q, cache.k, cache.v, cache.block_size, keys_per_query, cache.coarse)
+    if q.is_cuda and backend == "triton":
+        return kernels.decode(q, cache, position, keys_per_query, scale)
     S = cache.block_size
     wide = S * cache.coarse
     n, n_wide = budgets(S, keys_per_query, cache.coarse)
