@@ -9,6 +9,7 @@ attention is replaced, and it learns to match what the teacher computes.
     python data/smollm2.py && python data/wikipedia.py && python distill.py --teacher data/smollm2
     python distill.py --teacher facebook/opt-125m   published weights, on data/wikitext2
 
+Where flags do not say otherwise, the student has sea attention, and the teacher's context, S and K.
 --resume, torchrun, Ctrl-C and mistakes are as train.py says.
 """
 import sys
@@ -162,8 +163,6 @@ def distill(student, teacher, tokens, args, precision, optimizer, steps=None):
 
         if step % train.LOG_STEPS == 0 or step == args.steps:
             losses = dict(zip(LOSSES, engine.mean_of_ranks(means).tolist()))
-            if student.config.attention != "paper":
-                del losses["estimate"]                            # only paper has one to learn
             train.report(args, step, losses, seconds)
             seconds.clear()
     return losses
@@ -218,9 +217,7 @@ def main():
         return
 
     optimizer = make_optimizer(student)
-    settings = engine.settings_of(args, tokens) | vars(student.config)
-    settings["teacher"] = engine.fingerprint(teacher.embed_tokens.weight)
-    keeper = engine.Keeper(args, student, optimizer, settings, tokenizer=tokenizer)
+    keeper = engine.Keeper(args, student, optimizer, tokens, tokenizer, teacher)
     if not args.resume:
         engine.keep_tokenizer(tokenizer, args.teacher, args.out)
         start, _ = describe("teacher", teacher, held_out, args, precision)
@@ -234,7 +231,7 @@ def main():
     seconds = time.time() - begin
     loss, kept = describe("student after", student, held_out, args, precision)
     start, before = keeper.content["before"]
-    kl = f"attention_kl {losses['estimate']:.4f} " if "estimate" in losses else ""
+    kl = f"attention_kl {losses['estimate']:.4f} " if losses["estimate"] else ""
     engine.say(f"final: val_loss {loss:.4f} val_ppl {perplexity(loss):.3f} "
                f"ppl_before {perplexity(before):.3f} teacher_ppl {perplexity(start):.3f} {kept}{kl}"
                f"steps {args.steps} seconds {seconds:.0f} "

@@ -1,6 +1,5 @@
 """
-Train a language model from scratch, with SEA attention or one of its rivals, on one GPU or on the
-CPU.
+Train a language model from scratch, with SEA attention or one of its rivals, on a GPU or a CPU.
 
     python train.py                       the demo: prepares data/stdlib, writes out/sea-stdlib
     python train.py --attention dense     the same model with dense attention, in out/dense-stdlib
@@ -58,15 +57,13 @@ def add_flags(parser):
     add("--attention", choices=ATTENTIONS, help="kind of attention")
     add("--context", type=number(int, 1), help="T, tokens that the model looks at")
     add("--block-size", type=number(int, 1), help="S, keys in a block of SEA")
-    add("--keys-per-query", type=number(int, 1),
-        help="K, keys that a query of SEA chooses, beside the fixed blocks")
+    add("--keys-per-query", type=number(int, 1), help="K, keys to choose, beside fixed blocks")
 
     add = parser.add_argument_group("training").add_argument
     add("--data", help="folder in data/, or its whole path")
     add("--steps", type=number(int, 1), help="steps of the optimizer")
     add("--batch-size", type=number(int, 1), help="sequences in a micro-batch")
-    add("--accumulate", type=number(int, 1, 10000), default=1,
-        help="micro-batches in a step, on each GPU")
+    add("--accumulate", type=number(int, 1, 10000), default=1, help="micro-batches in a step")
     add("--lr", type=number(float, 0), help="peak learning rate")
     add("--seed", type=number(int, 0), default=1337, help="of new weights and of batches")
 
@@ -81,13 +78,11 @@ def add_flags(parser):
 
 def make_optimizer(model):
     """AdamW; the blocks' matrices decay."""
-    matrices = []
-    others = []
+    groups = {WEIGHT_DECAY: [], 0.: []}
     for name, p in model.named_parameters():
-        inside = name.startswith("layers.") and p.dim() == 2
-        (matrices if inside else others).append(p)
-    groups = [dict(params=matrices, weight_decay=WEIGHT_DECAY),
-              dict(params=others, weight_decay=0.)]
+        matrix = name.startswith("layers.") and p.dim() == 2
+        groups[WEIGHT_DECAY if matrix else 0.].append(p)
+    groups = [dict(params=params, weight_decay=decay) for decay, params in groups.items()]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
@@ -151,10 +146,10 @@ def perplexity(loss):
 
 
 def report(args, step, losses, seconds):
-    """A line on the last step; `seconds` is what each step since the last line took."""
+    """A line on the last step. seconds: of each step since the last line; a loss of 0 is none."""
     mean = sum(seconds) / len(seconds)
     left = int((args.steps - step) * mean)
-    losses = "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+    losses = "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items() if loss)
     engine.say(f"step {step}/{args.steps}  {losses}  {1000 * mean:.0f} ms  "
                f"{left // 60}:{left % 60:02d} left")
 
@@ -189,8 +184,6 @@ def train(model, optimizer, tokens, val, args, precision, steps):
         validate = step % max(1, args.steps // VALIDATIONS) == 0 or step == args.steps
         if validate or step % LOG_STEPS == 0:
             losses = dict(zip(("loss", "kl"), engine.mean_of_ranks(means).tolist()))
-            if args.attention != "paper":
-                del losses["kl"]
             if validate:
                 losses["val_loss"] = evaluate(model, val, args.batch_size, EVAL_WINDOWS, precision)
             report(args, step, losses, seconds)
@@ -206,8 +199,7 @@ def main():
     tokens, val, meta = open_data(args)
     model = make_model(args, meta["vocab_size"])
     optimizer = make_optimizer(model)
-    settings = engine.settings_of(args, tokens)
-    keeper = engine.Keeper(args, model, optimizer, settings, tokenizer=meta["tokenizer"])
+    keeper = engine.Keeper(args, model, optimizer, tokens, meta["tokenizer"])
 
     preset = [f"{name} {getattr(args, name)}" for name in PRESETS[args.device]]
     engine.say(f"preset {args.device}:", *preset)
@@ -219,7 +211,7 @@ def main():
 
     begin = time.time()
     losses = train(model, optimizer, tokens, val, args, precision, keeper.steps())
-    kl = f"attention_kl {losses['kl']:.4f} " if "kl" in losses else ""
+    kl = f"attention_kl {losses['kl']:.4f} " if losses["kl"] else ""
     engine.say(f"final: val_loss {losses['val_loss']:.4f} val_ppl "
                f"{perplexity(losses['val_loss']):.3f} train_loss {losses['loss']:.4f} {kl}"
                f"steps {args.steps} seconds {time.time() - begin:.0f} "

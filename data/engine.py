@@ -150,11 +150,7 @@ def step_batches(tokens, context, args, step):
     """This rank's micro-batches of a step: inputs and targets (B, T)."""
     first = args.seed * 10 ** 9 + (step * RANKS + RANK) * args.accumulate
     seeds = range(first, first + args.accumulate)
-    batches = [random_batch(tokens, context, args.batch_size, seed, "cpu") for seed in seeds]
-    if args.device == "cpu":
-        return batches
-    # From pinned memory they are copied while the GPU still works.
-    return [[x.pin_memory().to(args.device, non_blocking=True) for x in batch] for batch in batches]
+    return [random_batch(tokens, context, args.batch_size, seed, args.device) for seed in seeds]
 
 
 def check_finite(norm, step):
@@ -166,22 +162,22 @@ def check_finite(norm, step):
 class Keeper:
     """Holds a run's folder and keeps its checkpoint; with --resume, brings all to where it was.
 
-    settings: of settings_of. content: what else a checkpoint holds, beside what it held before.
+    content: what the checkpoint holds beside weights, states, the step and its settings.
     """
 
-    def __init__(self, args, model, optimizer, settings, **content):
+    def __init__(self, args, model, optimizer, tokens, tokenizer, teacher=None):
         self.lock = own_folder(args)             # held until this process ends
         self.path = args.out / "ckpt.pt"
         self.args = args
         self.model = model
         self.optimizer = optimizer
-        self.settings = settings
-        self.content = dict(content, data=args.data)
+        self.settings = settings_of(args, model, tokens, teacher)
+        self.content = {}
         self.step = 0
         self.signal = 0
         if args.resume:
-            saved, self.step = resume(self.path, model, optimizer, settings)
-            self.content = saved | self.content
+            self.content, self.step = resume(self.path, model, optimizer, self.settings)
+        self.content |= dict(tokenizer=tokenizer, data=args.data)
 
     def steps(self):
         """The numbers of the steps to do. Between steps it saves: by the clock, after the last
@@ -331,11 +327,14 @@ def fingerprint(content):
     return f"{zlib.crc32(torch.as_tensor(content).detach().cpu().numpy()):08x}"
 
 
-def settings_of(args, tokens):
-    """What fixes the numbers of a run: its flags but RUNNING, its data, its micro-batches in a
-    step."""
+def settings_of(args, model, tokens, teacher):
+    """What fixes the numbers of a run: flags but RUNNING, its models, its data, its batches."""
     fixed = {name: value for name, value in vars(args).items() if name not in RUNNING}
-    return fixed | dict(data=fingerprint(tokens), accumulate=args.accumulate * RANKS)
+    fixed |= vars(model.config)                    # also where the flags left it to the teacher
+    fixed |= dict(data=fingerprint(tokens), accumulate=args.accumulate * RANKS)
+    if teacher is not None:
+        fixed["teacher"] = fingerprint(teacher.embed_tokens.weight)      # it may have moved
+    return fixed
 
 
 def resume(path, model, optimizer, settings):
