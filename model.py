@@ -146,10 +146,11 @@ class Dense(nn.Module):
         return sea.KeysAndValues(k, v, room)
 
     def decode(self, q, cache, position):
-        """One masked call over all keys that there is room for."""
+        """Masked attention over all keys that there is room for."""
         rows = q.reshape(q.shape[0], cache.k.shape[1], -1, q.shape[3])      # (B, Hkv, group, D)
-        mask = self.seen(position, cache)
-        y = F.scaled_dot_product_attention(rows, cache.k, cache.v, attn_mask=mask[None])
+        scores = rows * q.shape[3] ** -0.5 @ cache.k.mT                     # (B, Hkv, group, room)
+        scores = scores.masked_fill(~self.seen(position, cache), -torch.inf)
+        y = scores.softmax(-1, torch.promote_types(q.dtype, torch.float32)).to(q.dtype) @ cache.v
         return y.reshape(q.shape)
 
     def seen(self, position, cache):
@@ -202,11 +203,11 @@ ATTENTIONS = dict(sea=SEA, paper=Paper, dense=Dense, performer=Performer, window
 # Blocks
 
 def rotate(x, rotary):
-    """Turn each pair (x_i, x_{i + D/2}) of (B, H, T, D) by its angle, of which rotary (2, T, D/2)
-    holds cos, sin."""
-    cos, sin = rotary
-    a, b = x.float().chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+    """Turn each pair (x_i, x_{i + D/2}) of (B, H, T, D) by its angle, of which rotary (2, T, D)
+    holds cos, and sin with the sign of the other's share."""
+    cos, sin = rotary                                                # (T, D)
+    other = x.roll(x.shape[-1] // 2, -1)
+    return (x * cos + other * sin).to(x.dtype)
 
 
 class SelfAttention(nn.Module):
@@ -362,7 +363,7 @@ class Transformer(nn.Module):
         return Output(logits, loss, torch.stack(kls).mean() if kls else None, layers)
 
     def embed(self, idx, position=None):
-        """What the first layer gets (B, T, C), and cos and sin (2, T, D/2) of rotary positions, or
+        """What the first layer gets (B, T, C), and cos and sin (2, T, D) of rotary positions, or
         None. position: of these tokens (T,), 0 to T - 1 if it is not given."""
         T = idx.shape[1]
         if T > self.config.context:
@@ -376,7 +377,9 @@ class Transformer(nn.Module):
         D = self.config.head_dim
         rate = self.config.rope_base ** (-torch.arange(0, D, 2, device=x.device).float() / D)
         angle = position[:, None] * rate                                         # (T, D/2)
-        return x, torch.stack((angle.cos(), angle.sin()))
+        cos = torch.cat((angle, angle), -1).cos()                                # (T, D)
+        sin = torch.cat((-angle, angle), -1).sin()
+        return x, torch.stack((cos, sin))
 
     def unembed(self, x):
         """Logits (B, T, V) of the last layer's output (B, T, C)."""
@@ -463,13 +466,14 @@ class Transformer(nn.Module):
         return self.unembed(x)[:, 0]
 
     @torch.no_grad()
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, ids=None):
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, ids=None, graph=False):
         """Sample the tokens after idx (B, T), one (B, 1) at a time; temperature 0 takes the
         likeliest.
 
         When the context is full, the model starts again from the last half of it, read as a new
         prompt. ids: those to choose from; OPT has more rows in its vocabulary than its tokenizer
-        has tokens.
+        has tokens. graph: run a step as one CUDA graph; then call it without autocast, whose
+        copies of weights do not last.
         """
         if idx.shape[1] == 0:
             raise ValueError("the prompt is empty; give one token at least")
@@ -487,8 +491,11 @@ class Transformer(nn.Module):
             if text.shape[1] > context:
                 text = text[:, -max(1, context // 2):]
             last = min(context, text.shape[1] + max_new_tokens - 1)
-            tokens = self.from_cache if cached else self.from_text
-            for token in tokens(text, last, choose):
+            if cached:
+                tokens = self.from_cache(text, last, choose, graph)
+            else:
+                tokens = self.from_text(text, last, choose)
+            for token in tokens:
                 if (token < 0).any():
                     raise FloatingPointError("the logits are no numbers: the model's weights are "
                                              "spoilt")
@@ -503,17 +510,22 @@ class Transformer(nn.Module):
             text = torch.cat((text, token), 1)
             yield token
 
-    def from_cache(self, text, last, choose):
+    def from_cache(self, text, last, choose, graph):
         """The same from caches, in steps of constant shapes that wait for nothing."""
         logits, caches = self.prefill(text, last)
         token = choose(logits)                                                   # (B, 1)
-        yield token
         position = torch.tensor([text.shape[1]], device=text.device)
+        yield token.clone()
 
-        for _ in range(text.shape[1], last):
-            token = choose(self.decode(token, position, caches))
-            position += 1
-            yield token
+        def step():
+            token.copy_(choose(self.decode(token, position, caches)))
+            position.add_(1)
+
+        for i in range(text.shape[1], last):
+            step()
+            if graph and i == text.shape[1]:          # the first step has made all kernels ready
+                step = captured(step)
+            yield token.clone()
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
         """Ids (B, T) -> (B, T + max_new_tokens), sampled by stream."""
@@ -538,3 +550,11 @@ def sample(logits, temperature, top_k=None, ids=None):
         noise = -torch.empty_like(logits).exponential_().log()
         logits = (logits - logits.amax(-1, keepdim=True)) / temperature + noise
     return logits.argmax(-1, keepdim=True).where(finite, -1)
+
+
+def captured(step):
+    """A function that does on the GPU what step() would do, in one launch. Nothing is run yet."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay

@@ -80,11 +80,14 @@ def write_text(model, enc, idx, args):
     to_text = codecs.getincrementaldecoder("utf-8")(errors="replace")
     print(args.prompt.encode(errors="replace").decode(), end="")
     ids = torch.tensor(enc.ids, device=args.device) if hasattr(enc, "ids") else None
-    precision, _ = engine.pick_precision(args.device)
-    choice = args.temperature, args.top_k or None, ids
+    # Weights of the type to compute in; with the kernels a token is one CUDA graph.
+    _, dtype = engine.pick_precision(args.device)
+    model.to(getattr(torch, dtype))
+    graph = args.device == "cuda" and args.kernels
+    choice = args.temperature, args.top_k or None, ids, graph
     tokens = 0
     begin = time.perf_counter()
-    with precision, suppress(KeyboardInterrupt):           # Ctrl-C ends the text
+    with suppress(KeyboardInterrupt):                      # Ctrl-C ends the text
         for token in model.stream(idx, args.max_new_tokens, *choice):
             tokens += 1
             if token.item() == enc.eot:
