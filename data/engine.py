@@ -192,7 +192,7 @@ class Keeper:
             stopped = any_rank(self.signal, self.args.device)
             if stopped or step == last or time.time() - saved >= 60 * SAVE_MINUTES:
                 save_checkpoint(self.path, self.model, step=step, settings=self.settings,
-                                optimizer=self.optimizer.state_dict(), **self.content)
+                                optimizer=self.optimizer.state_dict()["state"], **self.content)
                 saved = time.time()
             if stopped:
                 say(f"{self.path} holds step {step} of {last}; "
@@ -352,9 +352,10 @@ def resume(path, model, optimizer, settings):
             say(f"{path} holds all {step} steps; nothing is left to do")
             raise SystemExit(0)
         model.load_state_dict(found.state_dict())
-        optimizer.load_state_dict(saved.pop("optimizer"))
+        optimizer.load_state_dict(dict(optimizer.state_dict(), state=saved.pop("optimizer")))
         for p, kept in optimizer.state.items():       # torch does not check whose states they are
-            if not all(x.shape in (p.shape, ()) for x in kept.values()):
+            shapes = {name: x.shape for name, x in kept.items()}
+            if shapes != dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape):
                 raise ValueError("its optimizer is of other weights")
     return saved, step
 
