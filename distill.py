@@ -9,8 +9,8 @@ attention is replaced, and it learns to match what the teacher computes.
     python data/smollm2.py && python data/wikipedia.py && python distill.py --teacher data/smollm2
     python distill.py --teacher facebook/opt-125m   published weights, on data/wikitext2
 
-Where flags do not say otherwise, the student has sea attention, and the teacher's context, S and K.
---resume, torchrun, Ctrl-C and mistakes are as train.py says.
+Without flags the student has sea attention, and S, K, T and data are the teacher's; published
+weights have a preset, T included. --resume, torchrun, Ctrl-C and mistakes are as train.py says.
 """
 import sys
 import time
@@ -220,9 +220,9 @@ def main():
     keeper = engine.Keeper(args, student, optimizer, tokens, tokenizer, teacher)
     if not args.resume:
         engine.keep_tokenizer(tokenizer, args.teacher, args.out)
-        start, _ = describe("teacher", teacher, held_out, args, precision)
-        before, _ = describe("student before", student, held_out, args, precision)
-        keeper.content["before"] = start, before
+        loss_teacher, _ = describe("teacher", teacher, held_out, args, precision)
+        loss_before, _ = describe("student before", student, held_out, args, precision)
+        keeper.content["before"] = loss_teacher, loss_before
     if backend == "triton":
         engine.compile_blocks(teacher, student)
 
@@ -230,10 +230,11 @@ def main():
     losses = distill(student, teacher, tokens, args, precision, optimizer, keeper.steps())
     seconds = time.time() - begin
     loss, kept = describe("student after", student, held_out, args, precision)
-    start, before = keeper.content["before"]
+    loss_teacher, loss_before = keeper.content["before"]
     kl = f"attention_kl {losses['estimate']:.4f} " if losses["estimate"] else ""
     engine.say(f"final: val_loss {loss:.4f} val_ppl {perplexity(loss):.3f} "
-               f"ppl_before {perplexity(before):.3f} teacher_ppl {perplexity(start):.3f} {kept}{kl}"
+               f"ppl_before {perplexity(loss_before):.3f} "
+               f"teacher_ppl {perplexity(loss_teacher):.3f} {kept}{kl}"
                f"steps {args.steps} seconds {seconds:.0f} "
                f"peak_gib {engine.peak_memory(args.device):.2f}")
 

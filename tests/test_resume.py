@@ -187,6 +187,17 @@ def test_data_that_was_prepared_again_is_noticed(folder, monkeypatch, capsys):
     assert status == 2 and "data was" in err
 
 
+def test_an_optimizer_of_other_weights_is_refused(folder, monkeypatch, capsys):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_in_step(4, patch, fall)
+        run(TRAIN, patch, capsys)
+    whole = torch.load("out/ckpt.pt")
+    for state in (dict(whole["optimizer"][0], exp_avg=torch.zeros(3)), dict(step=torch.tensor(3.))):
+        torch.save(dict(whole, optimizer=whole["optimizer"] | {0: state}), "out/ckpt.pt")
+        status, _, err = run(f"{TRAIN} --resume", monkeypatch, capsys)
+        assert status == 2 and "other weights" in err and one_line(err)
+
+
 @pytest.mark.parametrize("line", [TRAIN, DISTILL])
 def test_what_does_not_touch_the_numbers_may_change(line, folder, monkeypatch, capsys):
     """Windows to evaluate on, names and places of the same data and teacher."""
