@@ -1,6 +1,7 @@
 """Distillation: a student starts where its teacher is, learns and stays linear in memory."""
 import argparse
 import copy
+import json
 import math
 import shutil
 import sys
@@ -215,8 +216,8 @@ def test_published_weights_in_a_folder(name, tokenizer, folder, monkeypatch, cap
     ids = torch.randint(96, (2000,), generator=torch.Generator().manual_seed(0)).numpy().astype(np.uint16)
     for split in ("train", "val"):
         (folder / "data" / "words" / f"{split}.bin").write_bytes(ids.tobytes())
-    (folder / "data" / "words" / "meta.json").write_text(
-        f'{{"tokenizer": "{tokenizer}", "vocab_size": 96, "source": "", "tokens": {{"train": 2000, "val": 2000}}}}')
+    meta = dict(tokenizer=tokenizer, vocab_size=96, source="", tokens=dict(train=2000, val=2000))
+    (folder / "data" / "words" / "meta.json").write_text(json.dumps(meta))
     line = "--teacher published --data words --steps 2 --context 16 --eval-windows 2 --keys-per-query 2"
     status, out, err = run(line, monkeypatch, capsys)
     assert status == 0 and "teacher_ppl" in final(out), err

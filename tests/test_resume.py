@@ -23,7 +23,8 @@ from model import Config, Transformer
 ROOT = Path(train.__file__).parent
 MODEL = "--n-layer 1 --n-head 2 --n-embd 32 --context 32 --keys-per-query 4 --block-size 4"
 TRAIN = f"train --data tiny --device cpu {MODEL} --batch-size 2 --steps 6 --out out"
-DISTILL = "distill --teacher t.pt --data tiny --device cpu --batch-size 2 --steps 6 --eval-windows 3 --out out"
+DISTILL = ("distill --teacher t.pt --data tiny --device cpu --batch-size 2 --steps 6 --eval-windows 3 "
+           "--out out")
 ENVIRONMENT = dict(os.environ, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
 # a script's main where data/ is another folder, which is the first argument
 ELSEWHERE = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; import data.common; "
@@ -159,7 +160,8 @@ def test_training_draws_no_random_numbers_but_its_batches(folder, monkeypatch, c
     (TRAIN, "--accumulate 2", "accumulate was 1"), (TRAIN, "--data other", "data was"),
     (TRAIN, "--seed 2 --lr 1", "lr was 0.0[0-9]*, now 1.0; seed was 1337, now 2"),
     (TRAIN, "--out nowhere", "leave --resume out"), (TRAIN, "--out .", "leave --resume out"),
-    (DISTILL, "--keys-per-query 8", "keys_per_query was 4, now 8"), (DISTILL, "--block-size 2", "block_size was"),
+    (DISTILL, "--keys-per-query 8", "keys_per_query was 4, now 8"),
+    (DISTILL, "--block-size 2", "block_size was"),
     (DISTILL, "--attention window", "attention was sea"), (DISTILL, "--teacher o.pt", "teacher was")])
 def test_a_run_goes_on_as_itself_alone(line, more, hint, folder, monkeypatch, capsys):
     (folder / "data" / "other").mkdir()

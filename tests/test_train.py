@@ -246,7 +246,8 @@ def spoil(folder, what):
     ("large token", "", "65535"), (None, "--data nowhere", "ready: tiny"), (None, "--lr fast", "--lr"),
     (None, "--block-size 0", "--block-size"), (None, "--attention full", "sea"),
     (None, "--n-head 3", "multiple of n_head"), (None, "--n-embd 30", "even"),
-    (None, "--context 10000", "--context under"), (None, "--steps 0", "--steps"), (None, "--wrong 1", "--help")])
+    (None, "--context 10000", "--context under"), (None, "--steps 0", "--steps"),
+    (None, "--wrong 1", "--help")])
 def test_mistakes_are_one_line_and_status_2(spoilt, more, hint, data_folder, monkeypatch, capsys):
     spoil(data_folder, spoilt)
     status, out, err = run(train, f"{TINY} {more}", monkeypatch, capsys)
