@@ -24,19 +24,33 @@ SMALL = 32              # pixels of a thumbnail's side
 STEPS = 127             # of a scale, the most that leave a bit of the byte
 # Steps, the least share that is kept, and the layers, each or each second ..: the first that fits.
 DETAILS = ((STEPS, 0.001, 1), (31, 0.01, 1), (15, 0.02, 1), (15, 0.03, 1), (15, 0.04, 1),
-           (15, 0.05, 1), (15, 0.05, 2), (15, 0.05, 4), (15, 0.05, 8), (15, 0.05, 999))
+           (15, 0.05, 1), (15, 0.03, 2), (15, 0.05, 2), (15, 0.03, 4), (15, 0.05, 4),
+           (15, 0.05, 8), (15, 0.05, 999))
 
 
 @torch.no_grad()
 def pictures(model, idx):
     """For each layer, of one sequence idx (1, T): the estimate, the mask, the attention used and
-    the dense attention of the same q and k, (H, T, T) each."""
+    the dense attention of the same q and k, (H, T, T) each; the first look."""
     c = model.config
     for q, k in [(layer.q, layer.k) for layer in model(idx, trace=True).trace]:
         shown = sea.estimated_attention(q, k, c.block_size, c.keys_per_query, c.coarse)
         # With a budget of all keys it is dense.
         dense = sea.estimated_attention(q, k, c.block_size, idx.shape[1], c.coarse)[2]
-        yield [picture[0].float().cpu() for picture in (*shown, dense)]
+        look = first_look(q, k, c.block_size, c.keys_per_query, c.coarse)
+        yield [picture[0].float().cpu() for picture in (*shown, dense, look)]
+
+
+def first_look(q, k, block_size, keys_per_query, coarse):
+    """The estimate of coarse blocks, 2 more where they are looked into, (1, H, T, T // wide); of a
+    text so short that SEA skips this look, (1, H, T, 0)."""
+    T = k.shape[2]
+    wide = block_size * coarse
+    n_wide = sea.budgets(block_size, keys_per_query, coarse)[1]
+    if T // wide <= n_wide + 2:
+        return q.new_zeros(*q.shape[:3], 0)
+    scores = sea.block_scores(q * q.shape[3] ** -0.5, sea.moments(k, wide), wide)
+    return scores.softmax(-1).nan_to_num(0) + 2 * sea.select(scores, wide, n_wide)
 
 
 def on_scale(share, steps=STEPS, least=0):
@@ -58,20 +72,22 @@ def sparse(picture):
     return np.packbits(columns > 0).tobytes(), columns[columns > 0].tobytes()
 
 
-def shares(estimate, mask, used, dense, block_size):
+def shares(estimate, mask, used, dense, look, block_size):
     """What a page shows of a head: of T queries the attention that SEA missed, of T x W blocks the
-    estimate and whether they are chosen, of T x T keys the attention that is used or, outside the
-    mask, was missed."""
+    estimate, 2 more where they are chosen, of T x T keys the attention that is used or, outside the
+    mask, was missed, and the first look."""
     first_keys = slice(0, len(mask) // block_size * block_size, block_size)
     missed = dense * (1 - mask)
-    return (missed.sum(-1), block_size * estimate[:, first_keys], mask[:, first_keys].byte(),
-            (used + missed).half())
+    blocks = block_size * estimate[:, first_keys] + 2 * mask[:, first_keys]
+    return missed.sum(-1), blocks, (used + missed).half(), look
 
 
-def pack(missed, blocks, chosen, keys, steps, least):
-    blocks = on_scale(blocks, steps, least) + 128 * chosen
-    keys = on_scale(keys.float(), steps, least)
-    return compress(on_scale(missed).numpy(), *sparse(blocks), *sparse(keys))
+def pack(missed, blocks, keys, look, steps, least):
+    """A head's shares as text: bytes, 128 more where something is chosen."""
+    parts = [on_scale(missed).numpy()]
+    for picture in (blocks, keys.float(), look):
+        parts += sparse(on_scale(picture % 2, steps, least) + 128 * (picture >= 2).byte())
+    return compress(*parts)
 
 
 def pack_what_fits(layers, room):
@@ -112,8 +128,8 @@ def write_page(model, enc, idx, path, layers):
     packed, steps, least = pack_what_fits(wanted, ROOM - len(glance))
     tokens = texts_of([enc.decode_single_token_bytes(i) for i in idx[0].tolist()])
     data = dict(tokens=tokens, block_size=c.block_size, n=max(1, c.keys_per_query // c.block_size),
-                steps=steps, least=least, count=c.n_layer, heads=c.n_head, layers=packed,
-                glance=glance)
+                coarse=c.coarse, n_coarse=layer[4].shape[-1], steps=steps, least=least,
+                count=c.n_layer, heads=c.n_head, glance=glance, layers=packed)
     data = json.dumps(data).replace("<", "\\u003c")              # no text can end the page's script
     page = TEMPLATE.read_text(encoding="utf-8").replace("PAGE_DATA", data).encode()
     write_whole(path, page)

@@ -26,7 +26,7 @@ import sample
 from assets import page as pages
 from data.engine import save_checkpoint
 from model import Config, Transformer
-from sea import estimated_attention
+from sea import block_scores, estimated_attention, moments
 
 # tokens to trip over: tags, halves of a character, controls
 ODD = [b"</script>", b"<!--", b"<script>", b" <b>", b"&amp;\"'\\", b"PAGE_DATA", "\u00e9".encode(),
@@ -39,7 +39,8 @@ CHROMIUM = (shutil.which("chromium") or shutil.which("chromium-browser")
 def small_model(**more):
     """Large weights make its attention uneven, as a trained model's is."""
     torch.manual_seed(0)
-    shape = dict(context=256, n_layer=4, n_head=4, n_embd=64, keys_per_query=16, block_size=8)
+    shape = dict(context=256, n_layer=4, n_head=4, n_embd=64, keys_per_query=16, block_size=8,
+                 coarse=2)
     model = Transformer(Config(**{**shape, **more})).eval()
     for block in model.layers:
         for linear in (block.self_attn.q_proj, block.self_attn.k_proj):
@@ -86,10 +87,10 @@ def unpack(packed):
 
 
 def head_of(page, layer, head, T, S=8):
-    """missed (T), blocks (T, W), keys (T, T) of a head, as bytes."""
+    """missed (T), blocks (T, W), keys (T, T), look (T, coarse blocks) of a head, as bytes."""
     content = unpack(data_of(page)["layers"][str(layer)][head])
     pictures, rest = [], content[T:]
-    for width in (T // S, T):                            # by columns: a bit for each, then the bytes
+    for width in (T // S, T, data_of(page)["n_coarse"]):         # by columns: bits, then bytes
         length = -(-T * width // 8)
         picture = np.unpackbits(rest[:length], count=T * width)
         count = picture.sum()
@@ -104,10 +105,17 @@ def shares(content, steps=127):
     return (content / steps) ** 3
 
 
-def kinds(query, blocks, S=8):
+LOST = "missed", "skipped"
+
+
+def kinds(query, blocks, look, S=8, Z=2):
     """What each block is to a query, by the page's words."""
     own = query // S
     found = ["chosen" if byte > 127 else "missed" for byte in blocks[query, :own]]
+    for c in range(own // Z * Z):
+        if look[query, c // Z] < 128:
+            assert found[c] == "missed"
+            found[c] = "skipped"
     found[own - 1:] = ["before", "own"]
     found[0] = "first"
     return found
@@ -121,10 +129,13 @@ def test_the_numbers_are_those_of_sea(written):
     assert list(data["layers"]) == ["0", "1", "2", "3"] and data["heads"] == data["count"] == 4
     assert (data["block_size"], data["n"], data["steps"], data["least"]) == (8, 2, 127, 0.001)
     for layer, head in ((0, 0), (1, 3), (3, 2)):
-        missed, blocks, keys = head_of(page, layer, head, T)
+        missed, blocks, keys, look = head_of(page, layer, head, T)
         seen = model(idx, trace=True).trace[layer]
-        shown = estimated_attention(seen.q, seen.k, 8, 16)
+        shown = estimated_attention(seen.q, seen.k, 8, 16, 2)
         estimate, mask, used = [picture[0, head].detach().numpy() for picture in shown]
+        wide = block_scores(seen.q / 4, moments(seen.k, 16), 16)[0, head].softmax(-1).nan_to_num(0)
+        assert np.abs(shares(look & 127) - wide.detach().numpy()).max() < 0.013
+        assert ((look > 127).sum(-1) == np.minimum(np.arange(T) // 16, 10)).all()
         assert ((blocks > 127) == mask[:, ::8]).all()
         assert np.abs(shares(blocks & 127) - 8 * estimate[:, ::8]).max() < 0.013
         assert np.abs(shares(keys) - used)[mask].max() < 0.013
@@ -141,7 +152,7 @@ def test_the_numbers_are_those_of_sea(written):
 def test_thumbnails_hold_the_peaks(written):
     model, idx, page = written
     small = unpack(data_of(page)["glance"]).reshape(4, 4, 32, 32)
-    missed, blocks, keys = head_of(page, 1, 2, idx.shape[1])
+    missed, blocks, keys, look = head_of(page, 1, 2, idx.shape[1])
     mask = np.repeat(blocks > 127, 8, 1)
     dense = np.where(mask, shares(keys) * (1 - shares(missed))[:, None], shares(keys))
     used, lost = [(dense * part).reshape(32, 8, 32, 8).max((1, 3)) for part in (mask, ~mask)]
@@ -179,14 +190,14 @@ def test_a_page_can_be_mailed(written, tmp_path, monkeypatch):
 
 def test_what_fits_is_first_rough_then_left_out():
     picture = torch.rand(64, 64, generator=torch.manual_seed(0)) ** 4
-    head = picture.sum(-1) / 99, picture[:, :8], torch.ones(64, 8).byte(), picture
+    head = picture.sum(-1) / 99, picture[:, :8] + 2, picture, picture[:, :2]
     layers = {i: [head] for i in (0, 2, 3, 5, 7)}
 
     def full(steps, least):
         return 5 * len(pages.pack(*head, steps, least))
     for room, wanted in ((full(127, 0.001), (5, 127, 0.001)), (full(127, 0.001) - 1, (5, 31, 0.01)),
                          (full(15, 0.02), (5, 15, 0.02)), (full(15, 0.05), (5, 15, 0.05)),
-                         (full(15, 0.05) - 1, (3, 15, 0.05)), (1, (1, 15, 0.05))):
+                         (full(15, 0.05) - 1, (3, 15, 0.03)), (1, (1, 15, 0.05))):
         packed, *detail = pages.pack_what_fits(layers, room)
         assert (len(packed), *detail) == wanted
     assert full(127, 0.001) > full(31, 0.01) > full(15, 0.02) > full(15, 0.05)
@@ -295,6 +306,8 @@ async function visit() {
   notes.labels = groups.map(({span}) => span.dataset.label).filter(label => label);
   await later(500);
   notes.hash = [location.hash];
+  point(250, "pointermove");
+  notes.late = groups.map(({span}) => span.className.split(" ")[1]);
   notes.held = [point(60, "click"), point(70, "pointermove")];
   notes.free = [point(60, "click"), point(70, "pointermove")];
   text.focus();
@@ -305,6 +318,10 @@ async function visit() {
   notes.named = named.textContent; notes.pair = [having("picked"), having("key")];
   at(canvases[0], "pointermove", 200.5 / T, 90.5 / T);
   notes.unseen = named.textContent;
+  at(rows, "pointermove", 64.5 / T, 0.5);
+  notes.pointed = named.textContent;
+  notes.rows = [...rows.getContext("2d").getImageData(0, 0, 256, 5).data]
+    .filter((_, i) => i % 4 === 3);
   at(glance, "click", 2.5 / 4, 1.5 / 4);
   await later(800);
   notes.clicked = [layer.value, head.value]; notes.hash.push(location.hash);
@@ -355,11 +372,13 @@ def test_a_browser_shows_the_text_and_the_pictures(notes, written):
     assert notes["text"] == 16 * ("</script><!--<script> <b>&amp;\"'\\PAGE_DATA"
                                   "\u00e9\\xf0\\x9f\\x98"
                                   "\u21b5\n\\x09if x:\\x01\u2028\U0001f600 end")
-    missed, blocks, keys = head_of(page, 0, 0, T)
-    inside = np.repeat(np.array(kinds(100, blocks)) != "missed", 8)[:101]
+    missed, blocks, keys, look = head_of(page, 0, 0, T)
+    found = kinds(100, blocks, look)
+    inside = np.repeat([kind not in LOST for kind in found], 8)[:101]
+    seen = np.array([kind not in ("own", "skipped") for kind in found])
     opacity = 255 / 127 * keys[100, :101]
     dense = np.where(inside, opacity * (1 - shares(missed[100])) ** (1 / 3), opacity)
-    wanted = dict(estimate=255 / 127 * np.append(np.repeat(blocks[100, :12] & 127, 8), 5 * [0]),
+    wanted = dict(estimate=255 / 127 * np.repeat((blocks[100, :13] & 127) * seen, 8)[:101],
                   select=255 * inside, attend=opacity * inside, dense=dense)
     for name, row in zip(wanted, notes["alphas"]):
         assert np.abs(row[:101] - wanted[name]).max() < 0.51 and not any(row[101:]), name
@@ -368,36 +387,48 @@ def test_a_browser_shows_the_text_and_the_pictures(notes, written):
 
 def test_a_browser_shows_the_steps_of_a_token(notes, written):
     _, idx, page = written
-    missed, blocks, keys = head_of(page, 1, 3, idx.shape[1])
+    missed, blocks, keys, look = head_of(page, 1, 3, idx.shape[1])
     ends = [i for i in range(256) if i % 16 not in (7, 8)]           # the characters' last tokens
-    found = kinds(90, blocks)
+    found = kinds(90, blocks, look)
+    blocks_seen = np.array([kind not in (*LOST, "own") for kind in found])
+    bands = np.array(notes["rows"]).reshape(5, 256)      # of token 90: two rows of coarse blocks
+    assert not bands[:, 91:].any() and ((bands[1, :96:16] > 0) == np.append(look[90, :5] > 127, 1)).all()
+    assert np.abs(bands[0, :80] - np.repeat(255 / 127 * (look[90, :5] & 127), 16)).max() < 0.51
+    assert ((bands[3, :91:8] > 0) == (blocks_seen | (np.array(found) == "own"))).all()
     assert all(notes["changed"]) and notes["hovered"] == [90]
     assert notes["kinds"] == [found[i // 8] if i <= 90 else "later" for i in ends]
     assert {"first", "before", "own", "chosen", "missed"} <= set(notes["kinds"])
+    late = kinds(250, blocks, look)
+    assert notes["late"] == [late[i // 8] if i <= 250 else "later" for i in ends]
+    assert "skipped" in late
     wanted = [max(keys[90, i - 2 if i % 16 == 9 else i:i + 1]) / 127 for i in ends]
     assert np.allclose(notes["bars"], wanted)
-    mass = (blocks[90, :11] & 127) / 127
+    mass = [0 if kind == "skipped" else (byte & 127) / 127
+            for kind, byte in zip(found, blocks[90, :11])]
     assert np.allclose(notes["masses"], [mass[i // 8] if i < 88 else 0 for i in ends])
-    marked = [kind for kind in found if kind != "missed"]
+    marked = [kind for kind in found if kind not in LOST]
     assert [label.split()[0] for label in notes["labels"] if label[0].isalpha()] == [
         "first", "before", "own"]
     assert len(notes["labels"]) == len(marked)
     count = 8 * (len(marked) - 1) + 90 % 8 + 1
-    assert "chooses 2 of 11 earlier blocks; with those always taken" in notes["said"]
+    into = (look[90, :5] > 127).sum() + 1
+    assert f"chooses 2 of 11 earlier blocks, looking into {into} of 6 coarse ones; with those" \
+        in notes["said"]
     assert f"it uses {count} of 91 keys" in notes["said"]
     assert f"SEA missed {100 * shares(missed[90]):.0f}\u00a0% of its dense" in notes["said"]
     assert f"; {100 * shares(missed).mean():.0f}\u00a0% on average" in notes["said"]
-    inside = np.repeat(np.array(found) != "missed", 8)[:91]
+    inside = np.repeat([kind not in LOST for kind in found], 8)[:91]
     for row in (keys[90, :91] * inside, keys[90, :91] * ~inside):    # the largest of each colour
         assert f"({row.argmax()}) {100 * shares(row.max()):.0f}\u00a0%" in notes["said"]
 
 
 def test_a_browser_names_pairs_and_shares_what_is_shown(notes, written):
-    _, blocks, _ = head_of(written[2], 1, 3, 256)
+    _, blocks, _, look = head_of(written[2], 1, 3, 256)
     assert notes["held"] == [[60], [60]] and notes["free"] == [[60], [70]]
     assert notes["pair"] == [[90], [41]]                             # 40 and 41 are one character
     assert re.match(r"Query .*\(90\), key .*\(40\): in block 5, ", notes["named"])
-    assert kinds(90, blocks)[5].replace("missed", "not chosen") in notes["named"]
+    assert kinds(90, blocks, look)[5].replace("missed", "not chosen") in notes["named"]
+    assert notes["pointed"].startswith(notes["named"][:9]) and "(64): in block 8" in notes["pointed"]
     assert "not seen" in notes["unseen"]
     assert notes["hash"] == ["#layer=1&head=3&token=90", "#layer=2&head=1&token=90"]
     assert notes["clicked"] == ["2", "1"]
