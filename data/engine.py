@@ -3,7 +3,7 @@ What train.py and distill.py share beside the training step: devices, batches, c
 GPUs.
 
 A batch is a function of the seed, the step and the rank, and training draws no other random
-numbers. So the weights, the optimizers' states and the number of the step are all that a run needs
+numbers. So the weights, the optimizer's states and the number of the step are all that a run needs
 to go on: to the bit on a CPU; on a GPU the kernels' float32 atomics vary in the last bits.
 """
 import math
