@@ -264,7 +264,7 @@ def panels_of(args):
     T = min(args.tokens, model.config.context)
     idx = torch.from_numpy(common.load(data)[1][:T].astype("int64"))[None]
     layers = list(pictures(model.eval(), idx))
-    return [picture[args.head] for picture in layers[args.layer]], model.config.block_size
+    return [picture[args.head] for picture in layers[args.layer][:4]], model.config.block_size
 
 
 def draw_attention(panels, S, path):

@@ -322,6 +322,8 @@ async function visit() {
   notes.pointed = named.textContent;
   notes.rows = [...rows.getContext("2d").getImageData(0, 0, 256, 5).data]
     .filter((_, i) => i % 4 === 3);
+  at(glance, "pointermove", 2.5 / 4, 1.5 / 4);
+  notes.title = glance.title;
   at(glance, "click", 2.5 / 4, 1.5 / 4);
   await later(800);
   notes.clicked = [layer.value, head.value]; notes.hash.push(location.hash);
@@ -431,7 +433,8 @@ def test_a_browser_names_pairs_and_shares_what_is_shown(notes, written):
     assert notes["pointed"].startswith(notes["named"][:9]) and "(64): in block 8" in notes["pointed"]
     assert "not seen" in notes["unseen"]
     assert notes["hash"] == ["#layer=1&head=3&token=90", "#layer=2&head=1&token=90"]
-    assert notes["clicked"] == ["2", "1"]
+    assert notes["clicked"] == ["2", "1"] and notes["title"] == "layer, head: 2,1"
+    assert ("attention none, dense" in notes["named"]) == (kinds(90, blocks, look)[5] in LOST)
     assert notes["shared"] == ["3", "0", [5], "Layer 3, head 0. Token \u201cPA"]
 
 
