@@ -5,7 +5,7 @@ README's picture, assets/page.png, is made by
     python sample.py --checkpoint data/smollm2 --attention sea --keys-per-query 24 \
         --prompt "$(head -c 469 LICENSE)" --page page.html
     chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --virtual-time-budget=9000 \
-        --window-size=1000,1830 --screenshot=assets/page.png \
+        --window-size=1000,1930 --screenshot=assets/page.png \
         "file://$PWD/page.html#layer=16&head=7&token=104"
 """
 import base64
@@ -319,7 +319,7 @@ async function visit() {
   at(canvases[0], "pointermove", 200.5 / T, 90.5 / T);
   notes.unseen = named.textContent;
   at(rows, "pointermove", 64.5 / T, 0.5);
-  notes.pointed = named.textContent;
+  notes.pointed = rows.title;
   notes.rows = [...rows.getContext("2d").getImageData(0, 0, 256, 5).data]
     .filter((_, i) => i % 4 === 3);
   at(glance, "pointermove", 2.5 / 4, 1.5 / 4);
