@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from data import common, download, gguf, hub, safetensors, smollm2, text, wikipedia
+from data.markup import clean
 
 GOLDEN = Path(__file__).parent / "golden" / "tokenizer"
 WEIGHTS = {"model.embed_tokens.weight": torch.arange(12.).view(4, 3) / 7,
@@ -597,7 +598,7 @@ def test_rows_of_queries_and_keys_are_put_back():
     ("* a\n* b\n:c", "- a\n- b\nc"), ("A ({{IPA|x}}; {{y}}) b , c ( ; d).", "A b, c (d)."),
 ])
 def test_cleaning(markup, plain):
-    assert wikipedia.clean(markup) == plain + "\n"
+    assert clean(markup) == plain + "\n"
 
 
 def test_wikipedia_from_a_file(tmp_path, monkeypatch, capsys):

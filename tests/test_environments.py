@@ -1,6 +1,7 @@
 """Every script where little is as usual: no HOME, no docstrings and asserts (-OO), no search path,
 a checkout that cannot be written to, and an output that is closed, full, or without most letters.
 """
+import ast
 import bz2
 import json
 import os
@@ -132,3 +133,11 @@ def test_scripts_in_bare_environments(script, output, folder):
     assert (folder / "data" / "tiny" / "meta.json").is_file()
     if output == "ascii":
         assert (folder / f"{name}.out").read_bytes()
+
+
+@pytest.mark.parametrize("part", [".", "data", "tests", "assets"])
+def test_the_oldest_python_can_read_all_files(part):
+    files = sorted((ROOT / part).glob("*.py"))
+    assert files
+    for path in files:
+        ast.parse(path.read_text(encoding="utf-8"), path, feature_version=(3, 10))
