@@ -140,7 +140,7 @@ def check_same_data(name, meta):
         before = read_meta(FOLDER / name / "meta.json")
     except DAMAGED:
         return
-    changed = [f"{key} was {before[key]}, now {value}" for key, value in meta.items()
+    changed = [f"{key} was {before[key]!r}, now {value!r}" for key, value in meta.items()
                if before[key] != value]
     if changed:
         fail(f"data/{name} is there already, of something else ({'; '.join(changed)}); "
@@ -199,7 +199,9 @@ def write_whole(path, content):
 def load(name, split=None):
     """data/NAME -> train tokens, validation tokens (uint16), meta; or tokens of `split`, meta."""
     folder = FOLDER / name
-    again = f"prepare it again: python data/{name if name in DATA_SETS else 'text'}.py"
+    own_script = name in DATA_SETS and name != "text"
+    script = f"{name}.py" if own_script else f"text.py FILE --name {name}"
+    again = f"prepare it again: python data/{script}"
     if not (folder / "meta.json").is_file():
         there = sorted(path.parent.name for path in FOLDER.glob("*/meta.json"))
         fail(f"no data set data/{name}; ready: {', '.join(there) or 'none'}; "

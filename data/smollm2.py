@@ -109,8 +109,9 @@ def write_tokenizer(folder, metadata):
     names = {f"{kind}_token": tokens[metadata[f"tokenizer.ggml.{kind}_token_id"]]
              for kind in ("bos", "eos")}
     write_json(folder / "tokenizer_config.json", dict(
-        tokenizer_class="PreTrainedTokenizerFast", model_max_length=metadata["llama.context_length"],
-        chat_template=metadata.get("tokenizer.chat_template"), **names))
+        tokenizer_class="PreTrainedTokenizerFast", **names,
+        model_max_length=metadata["llama.context_length"],
+        chat_template=metadata.get("tokenizer.chat_template")))
 
 
 def write_json(path, content):

@@ -401,8 +401,8 @@ def test_another_text_does_not_replace_a_data_set(tmp_path, monkeypatch, capsys)
     for line in ("a.txt", "a.txt", "b.txt --name other"):
         assert run(text, line, monkeypatch, capsys) == (0, "")
     before = content(Path("data/text"))
-    for line, said in (("b.txt", "source was a.txt, now b.txt"),
-                       ("a.txt --tokenizer smollm2", "tokenizer was bytes, now smollm2")):
+    for line, said in (("b.txt", "source was 'a.txt', now 'b.txt'"),
+                       ("a.txt --tokenizer smollm2", "tokenizer was 'bytes', now 'smollm2'")):
         status, err = run(text, line, monkeypatch, capsys)
         assert status == 2 and said in err and "--overwrite" in err and err.count("\n") == 1
         assert content(Path("data/text")) == before
