@@ -89,45 +89,52 @@ def hub_weights(config, tensors):
     return weights
 
 
-def write_tokenizer(folder, metadata):
+def tokenizer_files(metadata):
     """vocab.json and merges.txt, as GPT-2 has them, and what transformers reads in their place."""
     tokens = metadata["tokenizer.ggml.tokens"]
     vocab = {token: i for i, token in enumerate(tokens)}
     pairs = metadata["tokenizer.ggml.merges"]
-    write_json(folder / "vocab.json", vocab)
-    write_whole(folder / "merges.txt", "\n".join(["#version: 0.2", *pairs, ""]).encode())
+    merges = "\n".join(["#version: 0.2", *pairs, ""])
 
     special = [dict(id=i, content=token, special=True, normalized=False, single_word=False,
                     lstrip=False, rstrip=False)
                for i, token in enumerate(tokens[:len(SmolLM2Encoding.SPECIAL)])]
     digits = dict(type="Digits", individual_digits=True)
     visible = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
-    write_json(folder / "tokenizer.json", dict(
-        version="1.0", added_tokens=special, decoder=visible,
-        pre_tokenizer=dict(type="Sequence", pretokenizers=[digits, visible]),
-        model=dict(type="BPE", vocab=vocab, merges=pairs)))
+    whole = dict(version="1.0", added_tokens=special, decoder=visible,
+                 pre_tokenizer=dict(type="Sequence", pretokenizers=[digits, visible]),
+                 model=dict(type="BPE", vocab=vocab, merges=pairs))
     names = {f"{kind}_token": tokens[metadata[f"tokenizer.ggml.{kind}_token_id"]]
              for kind in ("bos", "eos")}
-    write_json(folder / "tokenizer_config.json", dict(
-        tokenizer_class="PreTrainedTokenizerFast", **names,
-        model_max_length=metadata["llama.context_length"],
-        chat_template=metadata.get("tokenizer.chat_template")))
+    more = dict(tokenizer_class="PreTrainedTokenizerFast", **names,
+                model_max_length=metadata["llama.context_length"],
+                chat_template=metadata.get("tokenizer.chat_template"))
+    return {"vocab.json": as_json(vocab), "merges.txt": merges.encode(),
+            "tokenizer.json": as_json(whole), "tokenizer_config.json": as_json(more)}
 
 
-def write_json(path, content):
-    write_whole(path, json.dumps(content, ensure_ascii=False, indent=1).encode())
+def as_json(content):
+    return json.dumps(content, ensure_ascii=False, indent=1).encode()
 
 
 def prepare(path, folder):
     """Read a GGUF file, write the hub's files; config.json comes last: then all are there."""
     metadata, tensors = gguf.read(path)
-    config = read_config(metadata, tensors)
+    # All is made before the first file is written, so that a damaged one replaces nothing.
+    try:
+        config = read_config(metadata, tensors)
+        weights = hub_weights(config, tensors)
+        files = tokenizer_files(metadata)
+    except LookupError as error:
+        raise ValueError(f"{path} is not made as SmolLM2's files are ({error})") from None
+    files["SOURCE.txt"] = (f"{metadata.get('general.name')}, {path.name}; licence "
+                           f"{metadata.get('general.license')}; from {REQUIREMENT} or a file "
+                           "given\n").encode()
+    files["config.json"] = as_json(config)
     with whole_file(folder / "model.safetensors") as file:
-        safetensors.write(file, hub_weights(config, tensors))
-    write_tokenizer(folder, metadata)
-    write_whole(folder / "SOURCE.txt", f"{metadata.get('general.name')}, {path.name}; licence "
-                f"{metadata.get('general.license')}; from {REQUIREMENT} or a file given\n".encode())
-    write_json(folder / "config.json", config)
+        safetensors.write(file, weights)
+    for name, content in files.items():
+        write_whole(folder / name, content)
 
 
 @any_output()

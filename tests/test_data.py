@@ -465,7 +465,8 @@ def golden_metadata():
 
 
 def test_tokenizer_files_of_a_gguf_file(tmp_path):
-    smollm2.write_tokenizer(tmp_path, golden_metadata())
+    for name, content in smollm2.tokenizer_files(golden_metadata()).items():
+        (tmp_path / name).write_bytes(content)
     same_ids(common.encoding("smollm2", tmp_path), "ids")
     made = json.loads((tmp_path / "tokenizer.json").read_text())
     assert made["model"]["vocab"] == json.loads((GOLDEN / "vocab.json").read_text())
@@ -477,13 +478,31 @@ def test_tokenizer_files_of_a_gguf_file(tmp_path):
 
 def test_transformers_reads_them_as_we_do(tmp_path):
     transformers = pytest.importorskip("transformers")
-    smollm2.write_tokenizer(tmp_path, golden_metadata())
+    for name, content in smollm2.tokenizer_files(golden_metadata()).items():
+        (tmp_path / name).write_bytes(content)
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     golden = json.loads((GOLDEN / "texts.json").read_text())
     for words, ids in zip(golden["texts"], golden["ids"], strict=True):
         if "<|endoftext|>" not in words:                 # a special token to them
             assert theirs(words)["input_ids"] == ids
+
+
+def test_a_damaged_model_replaces_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(common, "FOLDER", tmp_path / "data")
+    monkeypatch.setattr(smollm2, "FOLDER", tmp_path / "data")
+    path = tmp_path / "tiny.gguf"
+    metadata = golden_metadata() | LLAMA_GGUF
+    norm = {"output_norm.weight": (0, [2], np.ones(2, "<f4").tobytes())}
+    write_gguf(path, metadata, norm)
+    assert run(smollm2, f"--file {path}", monkeypatch, capsys) == (0, "")
+    before = content(tmp_path / "data" / "smollm2")
+    assert "--overwrite" in run(smollm2, f"--file {path}", monkeypatch, capsys)[1]
+    for lost in metadata:
+        write_gguf(path, {key: metadata[key] for key in metadata if key != lost}, {})
+        status, err = run(smollm2, f"--file {path} --overwrite", monkeypatch, capsys)
+        assert status == 2 and err.count("\n") == 1 and "SmolLM2" in err, lost
+        assert content(tmp_path / "data" / "smollm2") == before
 
 
 def test_a_missing_tokenizer_says_how(tmp_path, monkeypatch, capsys):
