@@ -31,6 +31,23 @@ REFINING = 16       # queries of one that looks inside those, which share a list
 ATTENDING = 16      # queries of one that attends, which share a list of blocks
 
 
+library = torch.library.Library("nanosea", "FRAGMENT")
+
+
+def operator(outputs):
+    """Make a function one of PyTorch's operators, into which torch.compile does not look.
+
+    outputs: a function of the same arguments that makes its outputs, empty.
+    """
+    def register(function):
+        schema = torch.library.infer_schema(function, mutates_args=())
+        library.define(function.__name__ + schema)
+        library.impl(function.__name__, function, "CompositeExplicitAutograd")
+        torch.library.register_fake("nanosea::" + function.__name__, outputs, lib=library)
+        return getattr(torch.ops.nanosea, function.__name__).default
+    return register
+
+
 class Lists(NamedTuple):
     """The blocks that each of G tiles of neighbouring queries chose, in ascending order.
 
@@ -80,6 +97,15 @@ def dot(x, y, acc=None):
         x = x.to(tl.float32)
         y = y.to(tl.float32)
     return tl.dot(x, y, acc, input_precision="ieee")
+
+
+def cdiv(n, m):
+    return -(-n // m)
+
+
+def power_of_2(n):
+    """The next one from n on."""
+    return 1 << (n - 1).bit_length()
 
 
 def strided(x):
@@ -151,7 +177,7 @@ def moments(k, block_size, coarse):
     fine = k.new_empty(B, HKV, T // block_size, 2 * D)
     wide = k.new_empty(B, HKV, T // (block_size * coarse), 2 * D)
     if fine.shape[2]:
-        grid = triton.cdiv(fine.shape[2], coarse), B * HKV
+        grid = cdiv(fine.shape[2], coarse), B * HKV
         moments_kernel[grid](strided(k), strided(fine), strided(wide), T, HKV,
                              D=D, S=block_size, Z=coarse, num_warps=1)
     return fine, wide
@@ -347,6 +373,16 @@ def choose_kernel(q, moments, near, out, scale, T, R, W, n, grain, H, HKV, D: tl
     join(block, real, out, tl.program_id(1) * out[3] + g * (M // TILE), M, N, TILE)
 
 
+def new_lists(q, T, block_size, n, rows, tile):
+    """Lists for the queries q (B, H, R, D), undefined."""
+    B, H, R, D = q.shape
+    tiles = cdiv(R, rows) * (rows // tile)
+    room = min(cdiv(T, block_size), tile * (n + 2))
+    return Lists(q.new_empty(B, H, tiles, room, dtype=torch.int32),
+                 q.new_empty(B, H, tiles, room, dtype=torch.int32),
+                 q.new_empty(B, H, tiles, dtype=torch.int32))
+
+
 def choose(q, moments, T, block_size, n, scale, rows, tile, near=None, coarse=1):
     """Block 0, the block before and the n best of each query, of all or of those inside `near`.
 
@@ -354,21 +390,16 @@ def choose(q, moments, T, block_size, n, scale, rows, tile, near=None, coarse=1)
     each of `tile` queries, without own blocks. rows: queries of a program, and of a list of `near`.
     """
     B, H, R, D = q.shape
-    n = min(n, triton.cdiv(T, block_size))
-    programs = triton.cdiv(R, rows)
-    tiles = programs * (rows // tile)
-    room = min(triton.cdiv(T, block_size), tile * (n + 2))
-    lists = Lists(q.new_empty(B, H, tiles, room, dtype=torch.int32),
-                  q.new_empty(B, H, tiles, room, dtype=torch.int32),
-                  q.new_empty(B, H, tiles, dtype=torch.int32))
+    n = min(n, cdiv(T, block_size))
+    lists = new_lists(q, T, block_size, n, rows, tile)
     slots = 32 if rows == LOOKING else 16
-    columns = triton.cdiv(T, block_size) + rows + 2 * coarse        # listed, and own of others
-    grain = max(32, triton.next_power_of_2(triton.cdiv(columns, slots)))
+    columns = cdiv(T, block_size) + rows + 2 * coarse               # listed, and own of others
+    grain = max(32, power_of_2(cdiv(columns, slots)))
     depth = 5 if n <= 8 else 7 if n <= 16 else 9 if n <= 32 else 0  # insertion is rare then
-    choose_kernel[programs, B * H](
+    choose_kernel[cdiv(R, rows), B * H](
         strided(q), strided(moments), near and listed(near), listed(lists), scale, T, R,
         moments.shape[2], n, grain, H, moments.shape[1], D=D, S=block_size, Z=coarse,
-        N=triton.next_power_of_2(n + 2), M=rows, TILE=tile, C=slots, DEPTH=depth,
+        N=power_of_2(n + 2), M=rows, TILE=tile, C=slots, DEPTH=depth,
         num_warps=rows // 16, num_stages=3 if rows == LOOKING else 2)
     return lists
 
@@ -467,33 +498,57 @@ def attend_backward_kernel(q, k, v, out, lse, dout, dq, dk, dv, lists, scale, T,
     tl.store(address, acc, mask=(row < R)[:, None] & column)
 
 
+def launch(q, k, scale, block_size, blocks, sums, count):
+    """Grid, further arguments and options of both kernels."""
+    B, H, R, D = q.shape
+    lists = listed(Lists(blocks, sums, count))
+    sizes = lists, scale, k.shape[2], R, H, k.shape[1]
+    return (cdiv(R, ATTENDING), B * H), sizes, dict(D=D, S=block_size, M=ATTENDING, KEYS=32,
+                                                    num_warps=1)
+
+
+def attend_outputs(q, *rest):
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@operator(attend_outputs)
+def attend_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, block_size: int, blocks: Tensor,
+                   sums: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    out, lse = attend_outputs(q)
+    grid, sizes, options = launch(q, k, scale, block_size, blocks, sums, count)
+    attend_kernel[grid](strided(q), strided(k), strided(v), strided(out), lse, *sizes, **options)
+    return out, lse
+
+
+@operator(lambda dout, q, k, v, *rest: (torch.empty_like(q), torch.empty_like(k),
+                                        torch.empty_like(v)))
+def attend_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+                    scale: float, block_size: int, blocks: Tensor, sums: Tensor,
+                    count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dq = torch.empty_like(q)
+    dk = torch.zeros_like(k, dtype=torch.float32)
+    dv = torch.zeros_like(v, dtype=torch.float32)
+    tensors = [strided(x) for x in (q, k, v, out)]
+    gradients = [strided(x) for x in (dense_rows(dout), dq, dk, dv)]
+    grid, sizes, options = launch(q, k, scale, block_size, blocks, sums, count)
+    attend_backward_kernel[grid](*tensors, lse, *gradients, *sizes, **options)
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
 class Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, scale, block_size, lists):
-        B, H, R, D = q.shape
-        ctx.grid = triton.cdiv(R, ATTENDING), B * H
-        ctx.sizes = scale, k.shape[2], R, H, k.shape[1]
-        ctx.tiles = dict(D=D, S=block_size, M=ATTENDING, KEYS=32, num_warps=1)
-        ctx.lists = listed(lists)
-        out = torch.empty_like(q)
-        lse = q.new_empty(B, H, R, dtype=torch.float32)
-        tensors = [strided(x) for x in (q, k, v, out)]
-        attend_kernel[ctx.grid](*tensors, lse, ctx.lists, *ctx.sizes, **ctx.tiles)
-        ctx.save_for_backward(q, k, v, out, lse)
+    def forward(ctx, q, k, v, scale, block_size, blocks, sums, count):
+        out, lse = attend_forward(q, k, v, scale, block_size, blocks, sums, count)
+        ctx.settings = scale, block_size
+        ctx.save_for_backward(q, k, v, out, lse, blocks, sums, count)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        q, k, v, out, lse = ctx.saved_tensors
-        dq = torch.empty_like(q)
-        dk = torch.zeros_like(k, dtype=torch.float32)
-        dv = torch.zeros_like(v, dtype=torch.float32)
-        tensors = [strided(x) for x in (q, k, v, out)]
-        gradients = [strided(x) for x in (dense_rows(dout), dq, dk, dv)]
-        attend_backward_kernel[ctx.grid](
-            *tensors, lse, *gradients, ctx.lists, *ctx.sizes, **ctx.tiles)
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
+        q, k, v, out, lse, *lists = ctx.saved_tensors
+        gradients = attend_backward(dout, q, k, v, out, lse, *ctx.settings, *lists)
+        return *gradients, None, None, None, None, None
 
 
 def packed(chosen, T, block_size):
@@ -541,25 +596,38 @@ def budgets(block_size, keys_per_query, coarse):
 def attend(q, k, v, chosen, block_size):
     """sea.attend: exact attention to the chosen blocks and, up to the query itself, to its own."""
     q, k, v = checked(q, k, v)
-    return Attend.apply(q, k, v, 1.0, block_size, packed(chosen, k.shape[2], block_size))
+    return Attend.apply(q, k, v, 1.0, block_size, *packed(chosen, k.shape[2], block_size))
 
 
-@torch.compiler.disable
-def sea_attention(q, k, v, block_size=8, keys_per_query=48, coarse=8, scale=None):
-    """sea.sea_attention: q (B, H, R, D), k and v (B, Hkv, T, D) -> (B, H, R, D)."""
-    q, k, v = checked(q, k, v)
+def lists_of(q, k, scale, block_size, keys_per_query, coarse):
+    n, _ = budgets(block_size, keys_per_query, coarse)
+    n = min(n, cdiv(k.shape[2], block_size))
+    return tuple(new_lists(q, k.shape[2], block_size, n, REFINING, ATTENDING))
+
+
+@operator(lists_of)
+def look_twice(q: Tensor, k: Tensor, scale: float, block_size: int, keys_per_query: int,
+               coarse: int) -> tuple[Tensor, Tensor, Tensor]:
+    """sea.look_twice: the blocks that each query chooses, as Lists."""
     T = k.shape[2]
     wide = block_size * coarse
     n, n_wide = budgets(block_size, keys_per_query, coarse)
-    scale = q.shape[3] ** -0.5 if scale is None else scale
+    fine_moments, wide_moments = moments(k, block_size, coarse)
+    near = None
+    if T // wide > n_wide + 2:                                      # otherwise all would be near
+        near = choose(q, wide_moments, T, wide, n_wide, scale, LOOKING, REFINING)
+    lists = choose(q, fine_moments, T, block_size, n, scale, REFINING, ATTENDING, near, coarse)
+    return tuple(lists)
 
+
+def sea_attention(q, k, v, block_size=8, keys_per_query=48, coarse=8, scale=None):
+    """sea.sea_attention: q (B, H, R, D), k and v (B, Hkv, T, D) -> (B, H, R, D)."""
+    q, k, v = checked(q, k, v)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
     with torch.no_grad():
-        fine_moments, wide_moments = moments(k, block_size, coarse)
-        near = None
-        if T // wide > n_wide + 2:                                  # otherwise all would be near
-            near = choose(q, wide_moments, T, wide, n_wide, scale, LOOKING, REFINING)
-        lists = choose(q, fine_moments, T, block_size, n, scale, REFINING, ATTENDING, near, coarse)
-    return Attend.apply(q, k, v, scale, block_size, lists)
+        lists = look_twice(q, k, scale, block_size, keys_per_query, coarse)
+    return Attend.apply(q, k, v, scale, block_size, *lists)
+
 
 # --------------------------------------------------------------------------------------------------
 # One token
@@ -608,6 +676,13 @@ def best(x, block, own, n, N: tl.constexpr):
 
 
 @triton.jit
+def inside(block, size: tl.constexpr):
+    """What lies in blocks (n,) of that size, -1 where nothing does: (n size padded,)."""
+    i = tl.arange(0, triton.next_power_of_2(size))[None, :]
+    return tl.ravel(tl.where((block >= 0)[:, None] & (i < size), block[:, None] * size + i, -1))
+
+
+@triton.jit
 def append_kernel(k, v, all_k, all_v, fine, wide, position, HKV,
                   D: tl.constexpr, S: tl.constexpr, Z: tl.constexpr):
     b = tl.program_id(0) // HKV
@@ -653,32 +728,21 @@ def decode_kernel(q, k, v, fine, scores, out, position, scale, W, n, n_wide, H, 
     near = best(x, c, own // Z, n_wide, NEAR)                       # (NEAR,)
 
     # Second look: of the blocks inside those.
-    z = tl.arange(0, triton.next_power_of_2(Z))[None, :]
-    x = tl.full([NEAR, triton.next_power_of_2(Z)], LOWEST, tl.int32)
-    for i in tl.static_range(Z):
-        block = near * Z + i
-        score = scored(q1, q2, fine, b, kv, block, (near >= 0) & (block < own), D)
-        x = tl.where((z == i) & (near >= 0)[:, None], score[:, None], x)
-    block = near[:, None] * Z + z
-    chosen = best(tl.ravel(x), tl.ravel(block), own, n, N)          # (N,)
+    block = inside(near, Z)                                         # (NEAR Z,)
+    x = scored(q1, q2, fine, b, kv, block, (block >= 0) & (block < own), D)
+    chosen = best(x, block, own, n, N)                              # (N,)
 
     # Attend to the keys of the chosen blocks.
-    exact = load(q, b, h, row, row == 0, D).to(tl.float32)          # (1, D)
-    i = tl.arange(0, triton.next_power_of_2(S))[None, :]
-    s = tl.full([N, triton.next_power_of_2(S)], -float("inf"), tl.float32)
-    for j in tl.static_range(S):
-        key = chosen * S + j
-        real = (chosen >= 0) & (key <= t)
-        score = tl.sum(load(k, b, kv, key, real, D).to(tl.float32) * exact, 1)
-        s = tl.where((i == j) & real[:, None], score[:, None] * (scale * LOG2E), s)
-    p = tl.exp2(s - tl.max(tl.max(s, 1), 0))                        # (N, S)
-    acc = tl.zeros([padded(D)], tl.float32)
-    for j in tl.static_range(S):
-        key = chosen * S + j
-        v_tile = load(v, b, kv, key, (chosen >= 0) & (key <= t), D).to(tl.float32)
-        acc += tl.sum(tl.sum(tl.where(i == j, p, 0), 1)[:, None] * v_tile, 0)
+    key = inside(chosen, S)                                         # (N S,)
+    mine = (key >= 0) & (key <= t)
+    k_tile = load(k, b, kv, key, mine, D).to(tl.float32)            # (N S, D)
+    v_tile = load(v, b, kv, key, mine, D).to(tl.float32)
+    q_tile = load(q, b, h, row, row == 0, D).to(tl.float32)         # (1, D)
+    x = tl.where(mine, tl.sum(q_tile * k_tile, 1) * (scale * LOG2E), -float("inf"))
+    p = tl.exp2(x - tl.max(x, 0))                                   # (N S,)
+    acc = tl.sum(p[:, None] * v_tile, 0) / tl.sum(p, 0)             # (D,)
     address, column = addresses(out, b, h, row, D)
-    tl.store(address, (acc / tl.sum(tl.sum(p, 1), 0))[None, :], mask=column)
+    tl.store(address, acc[None, :], mask=column)
 
 
 def append(cache, k, v, position):
@@ -700,13 +764,15 @@ def decode(q, cache, position, keys_per_query=48, scale=None):
     n = min(n, cache.moments.shape[2])
     n_wide = min(n_wide, W)
     scale = D ** -0.5 if scale is None else scale
+    N = power_of_2(n + 3)
+    warps = max(4, min(16, N * power_of_2(S) // 32))
     scores = q.new_empty(B, H, W, dtype=torch.int32)
     out = torch.empty_like(q)
-    glance_kernel[triton.cdiv(W, 64), B * H](
+    glance_kernel[cdiv(W, 64), B * H](
         strided(q), strided(cache.wide_moments), scores, position, scale, W, S * cache.coarse,
         H, HKV, D=D, C=64, num_warps=4)
     decode_kernel[B * H,](
         strided(q), strided(k), strided(v), strided(cache.moments), scores, strided(out), position,
-        scale, W, n, n_wide, H, HKV, D=D, S=S, Z=cache.coarse, WIDE=triton.next_power_of_2(W),
-        NEAR=triton.next_power_of_2(n_wide + 3), N=triton.next_power_of_2(n + 3), num_warps=4)
+        scale, W, n, n_wide, H, HKV, D=D, S=S, Z=cache.coarse, WIDE=power_of_2(W),
+        NEAR=power_of_2(n_wide + 3), N=N, num_warps=warps)
     return out

@@ -146,12 +146,11 @@ class Dense(nn.Module):
         return sea.KeysAndValues(k, v, room)
 
     def decode(self, q, cache, position):
-        """Masked attention over all keys that there is room for."""
-        rows = q.reshape(q.shape[0], cache.k.shape[1], -1, q.shape[3])      # (B, Hkv, group, D)
-        scores = rows * q.shape[3] ** -0.5 @ cache.k.mT                     # (B, Hkv, group, room)
-        scores = scores.masked_fill(~self.seen(position, cache), -torch.inf)
-        y = scores.softmax(-1, torch.promote_types(q.dtype, torch.float32)).to(q.dtype) @ cache.v
-        return y.reshape(q.shape)
+        """One masked call over all keys that there is room for."""
+        shared = q.shape[1] != cache.k.shape[1]
+        mask = self.seen(position, cache)[None]                             # (1, room)
+        return F.scaled_dot_product_attention(q, cache.k, cache.v, attn_mask=mask,
+                                              enable_gqa=shared)
 
     def seen(self, position, cache):
         """The keys of the cache that the token at this position attends to: (room,) bool."""
@@ -207,7 +206,7 @@ def rotate(x, rotary):
     holds cos, and sin with the sign of the other's share."""
     cos, sin = rotary                                                # (T, D)
     other = x.roll(x.shape[-1] // 2, -1)
-    return (x * cos + other * sin).to(x.dtype)
+    return torch.addcmul(x * cos, other, sin).to(x.dtype)
 
 
 class SelfAttention(nn.Module):
@@ -228,8 +227,8 @@ class SelfAttention(nn.Module):
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)       # (B, Hkv, T, D)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         if rotary is not None:
-            q = rotate(q, rotary)
-            k = rotate(k, rotary)
+            both = rotate(torch.cat((q, k), 1), rotary)              # (B, H + Hkv, T, D)
+            q, k = both.split((q.shape[1], k.shape[1]), 1)
 
         if cache is None:
             y, kl = self.attention(q, k, v, teacher)                 # (B, H, T, D)

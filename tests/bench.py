@@ -123,7 +123,7 @@ def stages(q, k, v, setting):
     second = fine, T, S, n, scale, kernels.REFINING, kernels.ATTENDING, near, Z
     lists = kernels.choose(q, *second)
     yield "second look", lambda: kernels.choose(q, *second)
-    yield "attend", lambda: kernels.Attend.apply(q, k, v, scale, S, lists)
+    yield "attend", lambda: kernels.Attend.apply(q, k, v, scale, S, *lists)
 
 
 def operator(args, T, add):
