@@ -33,14 +33,14 @@ def tokens():
 
 @pytest.fixture(scope="module")
 def teacher(tokens):
-    """A dense model after 80 steps."""
+    """A dense model after 160 steps, whose attention already matters."""
     torch.manual_seed(0)
     model = Transformer(Config(**SMALL))
     optimizer = train.make_optimizer(model)
-    for step in range(1, 81):
+    for step in range(1, 161):
         model(*data.common.random_batch(tokens, 64, 8, step, "cpu")).loss.backward()
         for group in optimizer.param_groups:
-            group["lr"] = train.learning_rate(step, 1e-2, 80)
+            group["lr"] = train.learning_rate(step, 5e-3, 160)
         optimizer.step()
         optimizer.zero_grad()
     return model.eval()
@@ -60,10 +60,13 @@ def losses_of(student, teacher, batch):
 
 
 def test_a_student_whose_budget_covers_the_past_is_its_teacher(teacher, tokens):
-    whole = loss_of(teacher, tokens)
-    assert loss_of(student_of(teacher, keys_per_query=64), tokens) == pytest.approx(whole, abs=1e-4)
-    assert loss_of(student_of(teacher, "dense"), tokens) == whole
-    assert whole < 3 and abs(loss_of(student_of(teacher), tokens) - whole) > 1e-3
+    idx, _ = data.common.random_batch(tokens, 64, 8, 0, "cpu")
+    wanted = teacher(idx).logits
+    far = {name: (student(idx).logits - wanted).abs().max().item() for name, student in dict(
+        dense=student_of(teacher, "dense"), all=student_of(teacher, keys_per_query=64),
+        few=student_of(teacher)).items()}
+    print(far)
+    assert far["dense"] == 0 and far["all"] < 1e-3 and far["few"] > 1e-2 and loss_of(teacher, tokens) < 3
 
 
 def test_compiled_blocks_give_the_same_losses_at_every_length(teacher, tokens):
@@ -83,19 +86,16 @@ def test_compiled_blocks_give_the_same_losses_at_every_length(teacher, tokens):
 def test_distillation_lowers_the_losses(attention, teacher, tokens, capsys, monkeypatch):
     monkeypatch.setattr(train, "LOG_STEPS", 1)
     student = student_of(teacher, attention)
-    before, args = loss_of(student, tokens), SimpleNamespace(**SETTINGS)
+    batch = data.common.random_batch(tokens, 64, 32, 0, "cpu")
+    before, loss = losses_of(student, teacher, batch), loss_of(student, tokens)
+    args = SimpleNamespace(**SETTINGS)
     distill.distill(student, teacher, tokens, args, nullcontext(), distill.make_optimizer(student))
-    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
-
-    def column(name):
-        return [float(line[line.index(name) + 1]) for line in lines]
-
-    for name in ("logits", "hidden", "output"):
-        assert np.mean(column(name)[-5:]) < np.mean(column(name)[:3]), name
-    if attention == "paper":
-        assert np.mean(column("estimate")[-5:]) < 0.8 * np.mean(column("estimate")[:3])
-    assert ("estimate" in lines[0]) == (attention == "paper")
-    assert loss_of(student, tokens) < before
+    after = losses_of(student, teacher, batch)
+    assert all(after[name] < 0.95 * before[name] for name in ("logits", "hidden", "output"))
+    assert attention == "sea" or after["estimate"] < 0.8 * before["estimate"]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert len(lines) == 40 and all(("estimate" in line) == (attention == "paper") for line in lines)
+    assert loss_of(student, tokens) < loss
     assert not any(p.grad is not None for p in teacher.parameters())
 
 
