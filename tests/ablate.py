@@ -6,28 +6,39 @@ the same windows; with --steps, distilled for as many steps first. Prints a tabl
     python tests/ablate.py                                 every variant, untrained
     python tests/ablate.py --list                          their names
     python tests/ablate.py --only sea "mean alone" --steps 150
-    python tests/ablate.py --teacher data/smollm2 --context 2048 --eval-windows 12
+    python tests/ablate.py --only dense sea window --settings 4:56 8:48 8:240 8:48:16
+    python tests/ablate.py --only dense sea --steps 60 --read 112 240 "true mass"
+    python tests/ablate.py --teacher data/smollm2 --context 2048 --only sea --mass mass.csv
 
-A variant replaces functions of sea.py by functions below, in plain PyTorch: copy one and change it.
+A variant replaces functions of sea.py by functions below, in plain PyTorch: copy one and change it. What
+replaces nothing runs in the kernels, but for --no-kernels. With --steps, dense is trained as the others are,
+on the same batches and losses: "dense continued".
 """
 import argparse
 import csv
-import math
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import distill  # noqa: E402
 from data import engine  # noqa: E402
 import sea  # noqa: E402
 from data.common import Parser, fail, number, one_line  # noqa: E402
-from train import evaluate  # noqa: E402
+from train import evaluate, perplexity  # noqa: E402
 
-COLUMNS = "variant ppl_untrained ppl keys mass block_size keys_per_query context steps".split()
-block_scores = sea.block_scores      # the originals, whatever a variant puts in their place
+COLUMNS = ("variant read_as block_size keys_per_query coarse context steps trained_keys ppl_untrained ppl "
+           "keys mass seconds").split()
+MASS_COLUMNS = "variant read_as block_size keys_per_query context steps layer head keys mass".split()
+SHOWN = dict(ppl_untrained=3, ppl=3, keys=1, mass=3, seconds=1)       # columns of numbers, and digits
+CHOOSING = "sea", "paper", "window"    # the kinds of attention whose queries read a part of the keys
+block_scores = sea.block_scores        # the originals, whatever a variant puts in their place
+budgets = sea.budgets
+select = sea.select
 
 
 # --------------------------------------------------------------------------------------------------
@@ -41,17 +52,65 @@ def mean_alone(q, moments, block_size, first_row=0):
 
 def smallest_and_largest(k, block_size):
     """Quest's summary of a block (arXiv 2406.10774), in place of its moments."""
-    W = k.shape[2] // block_size
-    blocks = k[:, :, :W * block_size].unflatten(2, (W, block_size)).float()      # (B, Hkv, W, S, D)
+    blocks = whole_blocks(k, block_size).unflatten(-1, (block_size, -1)).float()  # (B, Hkv, W, S, D)
     return torch.cat((blocks.amin(3), blocks.amax(3)), -1)
 
 
 def bound(q, summary, block_size, first_row=0):
     """The largest q . k that a block with such a summary can hold."""
-    summary = summary.repeat_interleave(q.shape[1] // summary.shape[1], 1)       # (B, H, W, 2D)
-    scores = torch.cat((q.clamp(max=0), q.clamp(min=0)), -1).float() @ summary.mT
-    block = torch.arange(scores.shape[3], device=q.device)
-    return scores.masked_fill(block >= sea.own_block(q.shape[2], first_row, block_size, q.device), -torch.inf)
+    scores = products(torch.cat((q.clamp(max=0), q.clamp(min=0)), -1), summary)
+    return before_own(scores, block_size, first_row)
+
+
+def whole_blocks(k, block_size):
+    """No summary: a block's keys themselves, (B, Hkv, W, S D)."""
+    W = k.shape[2] // block_size
+    return k[:, :, :W * block_size].unflatten(2, (W, block_size)).flatten(3)
+
+
+def full_covariance(q, blocks, block_size, first_row=0):
+    """q . mean + q' covariance q / 2, that is half the variance of q . k: no diagonal alone."""
+    each = products_by_block(q, blocks, block_size)
+    return before_own(each.mean(-1) + each.var(-1, correction=0) / 2, block_size, first_row)
+
+
+def log_mass(q, blocks, block_size, first_row=0):
+    """A perfect estimate."""
+    return before_own(products_by_block(q, blocks, block_size).logsumexp(-1), block_size, first_row)
+
+
+def of_key_group(q, moments, block_size, first_row=0):
+    """One score for the heads that share keys, of their estimated masses' sum: they load the same blocks."""
+    scores = block_scores(q, moments, block_size, first_row)
+    groups = scores.log_softmax(-1).unflatten(1, (moments.shape[1], -1))         # (B, Hkv, group, R, W)
+    together = groups.logsumexp(2, keepdim=True).expand_as(groups).flatten(1, 2)
+    return before_own(together, block_size, first_row)
+
+
+def products_by_block(q, blocks, block_size):
+    """q . k of each key of whole_blocks: (B, H, R, W, S)."""
+    keys = blocks.unflatten(-1, (block_size, -1)).flatten(2, 3)                  # (B, Hkv, W S, D)
+    return products(q, keys).unflatten(-1, (-1, block_size))
+
+
+def products(q, x):
+    """q (B, H, R, D) . x (B, Hkv, N, D) -> (B, H, R, N) in float32: small differences decide."""
+    x = x.float().repeat_interleave(q.shape[1] // x.shape[1], 1)
+    with torch.autocast(q.device.type, enabled=False):
+        return q.float() @ x.mT
+
+
+def before_own(scores, block_size, first_row):
+    """Scores (B, H, R, W) with -inf from the query's own block on."""
+    block, own = block_and_own(scores, block_size, first_row)
+    return scores.masked_fill(block >= own, -torch.inf)
+
+
+def block_and_own(scores, block_size, first_row):
+    """The numbers of the blocks of scores (B, H, R, W), (W,), and those of the queries' own: (R, 1)."""
+    R, W = scores.shape[2:]
+    block = torch.arange(W, device=scores.device)
+    return block, sea.own_block(R, first_row, block_size, scores.device)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -59,78 +118,118 @@ def bound(q, summary, block_size, first_row=0):
 
 def one_look(q, k, block_size, keys_per_query, coarse):
     """All blocks are scored."""
-    first = k.shape[2] - q.shape[2]
-    scores = sea.block_scores(q, sea.moments(k, block_size), block_size, first)
-    return sea.select(scores, block_size, max(1, keys_per_query // block_size), first)
+    first_row = k.shape[2] - q.shape[2]
+    with torch.no_grad():
+        scores = sea.block_scores(q, sea.moments(k, block_size), block_size, first_row)
+        return sea.select(scores, block_size, max(1, keys_per_query // block_size), first_row)
 
 
-def true_mass(q, k, block_size, keys_per_query, coarse):
-    """A perfect estimate: the mass of each block itself."""
-    first = k.shape[2] - q.shape[2]
-    scores = sea.block_mass(q, k, block_size, first).log()
-    return sea.select(scores, block_size, max(1, keys_per_query // block_size), first)
+def looking_at(n_wide):
+    """A first look that keeps n_wide coarse blocks, in place of max(8, K // 16)."""
+    def chosen_and_looked_at(*settings):
+        return budgets(*settings)[0], n_wide
+    return chosen_and_looked_at
 
 
-def forcing(is_fixed, more):
-    """A select that always takes the blocks of is_fixed(block, own), and n + more beside them."""
+def forcing(first, lasts):
+    """A select that always takes block 0 if so told and the `lasts` blocks before a query's own one."""
     def select(scores, block_size, n, first_row=0):
-        own = sea.own_block(scores.shape[2], first_row, block_size, scores.device)
-        block = torch.arange(scores.shape[3], device=scores.device)
-        fixed = (block < own) & is_fixed(block, own)
+        block, own = block_and_own(scores, block_size, first_row)
+        fixed = (block < own) & ((block == 0) & first | (block >= own - lasts))  # (R, W)
         rivals = scores.masked_fill(fixed, -torch.inf)
-        best = rivals.argsort(dim=-1, descending=True, stable=True)[..., :max(0, n + more)]
-        chosen = torch.zeros_like(rivals, dtype=torch.bool).scatter(-1, best, True)
-        return fixed | chosen & (rivals != -torch.inf)
+        return fixed | best(rivals, max(0, n + 2 - first - lasts))              # in all as many as SEA
     return select
 
 
-def first(block, own):
-    return block == 0
+def shared_by_heads(scores, block_size, n, first_row=0):
+    """The paper's budget: the n H best of all heads' blocks, each by its share of its head's mass."""
+    H = scores.shape[1]
+    fixed = select(scores[:, :1], block_size, 0, first_row)                      # (B, 1, R, W)
+    shares = scores.log_softmax(-1)                                              # NaN: no block yet
+    shares = shares.masked_fill(fixed | (scores == -torch.inf), -torch.inf)      # (B, H, R, W)
+    together = shares.transpose(1, 2).flatten(2)                                 # (B, R, H W)
+    return fixed | best(together, n * H).unflatten(2, (H, -1)).transpose(1, 2)
 
 
-def before(block, own):
-    return block == own - 1
+def best(rivals, n):
+    """The n largest of each row, but for those of -inf: bool."""
+    largest = rivals.argsort(dim=-1, descending=True, stable=True)[..., :n]
+    taken = torch.zeros_like(rivals, dtype=torch.bool).scatter(-1, largest, True)
+    return taken & (rivals != -torch.inf)
 
 
-def neither(block, own):
-    return block < 0
-
-
-def first_and_last_two(block, own):
-    return (block == 0) | (block >= own - 2)
-
-
-# name: kind of attention, functions of sea.py in their new form, times the block size
+# name: kind of attention, functions of sea.py in their new form
 VARIANTS = {
-    "dense": ("dense", {}, 1),
-    "sea": ("sea", {}, 1),
-    "true mass": ("sea", dict(look_twice=true_mass), 1),
-    "one look": ("sea", dict(look_twice=one_look), 1),
-    "mean alone": ("sea", dict(block_scores=mean_alone), 1),
-    "Quest's bound": ("sea", dict(moments=smallest_and_largest, block_scores=bound), 1),
-    "first block not forced": ("sea", dict(select=forcing(before, 1)), 1),
-    "block before not forced": ("sea", dict(select=forcing(first, 1)), 1),
-    "neither forced": ("sea", dict(select=forcing(neither, 2)), 1),
-    "last two forced": ("sea", dict(select=forcing(first_and_last_two, -1)), 1),
-    "half of S": ("sea", {}, 1 / 2),
-    "twice S": ("sea", {}, 2),
-    "window": ("window", {}, 1),
-    "paper": ("paper", {}, 1),
-    "performer": ("performer", {}, 1),
+    "dense": ("dense", {}),
+    "sea": ("sea", {}),
+    "true mass": ("sea", dict(look_twice=one_look, moments=whole_blocks, block_scores=log_mass)),
+    "one look": ("sea", dict(look_twice=one_look)),
+    "look at 4": ("sea", dict(budgets=looking_at(4))),
+    "look at 16": ("sea", dict(budgets=looking_at(16))),
+    "look at 32": ("sea", dict(budgets=looking_at(32))),
+    "mean alone": ("sea", dict(block_scores=mean_alone)),
+    "full covariance": ("sea", dict(moments=whole_blocks, block_scores=full_covariance)),
+    "Quest's bound": ("sea", dict(moments=smallest_and_largest, block_scores=bound)),
+    "first block not forced": ("sea", dict(select=forcing(False, 1))),
+    "block before not forced": ("sea", dict(select=forcing(True, 0))),
+    "neither forced": ("sea", dict(select=forcing(False, 0))),
+    "last two forced": ("sea", dict(select=forcing(True, 2))),
+    "budget shared by heads": ("sea", dict(select=shared_by_heads)),
+    "choice of a key group": ("sea", dict(block_scores=of_key_group)),
+    "window": ("window", {}),
+    "paper": ("paper", {}),
+    "performer": ("performer", {}),
 }
 
 
 @contextmanager
-def replaced(functions):
-    """sea.py with other functions for a while."""
-    kept = {name: getattr(sea, name) for name in functions}
-    for name, function in functions.items():
-        setattr(sea, name, function)
+def as_variant(name, kernels=False):
+    """sea.py as a variant has it, for a while; with the kernels if it replaces nothing."""
+    functions = VARIANTS[name][1]
+    kept = {known: getattr(sea, known) for known in (*functions, "backend")}
+    sea.use_kernels(kernels and not functions)
+    vars(sea).update(functions)
     try:
         yield
     finally:
-        for name, function in kept.items():
-            setattr(sea, name, function)
+        vars(sea).update(kept)
+
+
+# --------------------------------------------------------------------------------------------------
+# What a student keeps
+
+@torch.no_grad()
+def keys_and_mass(model, layers):
+    """Keys that a query reads, and their share of dense attention's mass: means (n_layer, 2, H); None of
+    an attention that chooses no keys. layers: a trace, whose queries and keys each layer is given.
+
+    It watches the masks that PyTorch's attention gets, so that nothing may go through the kernels.
+    """
+    seen = []
+
+    def watch(q, k, v, attn_mask=None, scale=None, **rest):
+        if attn_mask is not None:
+            seen.append(sums(q * (scale or q.shape[3] ** -0.5), k, attn_mask))
+        return q                                                    # has the shape of the answer
+
+    attention = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = watch
+    try:
+        for block, layer in zip(model.layers, layers):
+            block.self_attn.attention(layer.q, layer.k, layer.v)
+    finally:
+        F.scaled_dot_product_attention = attention
+    B, H, T, _ = layers[0].q.shape
+    return torch.stack(seen).unflatten(0, (len(layers), -1)).sum(1) / (B * T) if seen else None
+
+
+def sums(q, k, mask):
+    """Over the last queries q (B, H, r, D), scaled: keys of the mask and dense attention's mass on them."""
+    position = torch.arange(k.shape[2], device=k.device)
+    future = position > position[-q.shape[2]:, None]                             # (r, T)
+    dense = products(q, k).masked_fill(future, -torch.inf).softmax(-1)           # (B, H, r, T)
+    read = mask.expand_as(dense).float()
+    return torch.stack((read, dense * read)).sum((1, 3, 4))                      # (2, H)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -143,76 +242,156 @@ def variant_name(text):
     return text
 
 
+def keys_or_variant(text):
+    """The type of --read."""
+    return number(int, 1)(text) if text.isdecimal() else variant_name(text)
+
+
+def setting(text):
+    """The type of --settings: block_size, keys_per_query and coarse."""
+    numbers = [number(int, 1)(part) for part in text.split(":")]
+    if len(numbers) not in (2, 3):
+        raise argparse.ArgumentTypeError(f"{text} is not block_size:keys_per_query[:coarse]")
+    return (*numbers, 8)[:3]
+
+
 def parse_arguments():
     parser = Parser(__doc__)
     add = parser.add_argument
+    add_flags(parser)
+    add("--only", nargs="+", type=variant_name, default=list(VARIANTS), metavar="NAME",
+        help="variants to run")
+    add("--list", action="store_true", help="print the names of the variants, run none")
+    add("--settings", nargs="+", type=setting, metavar="S:K[:COARSE]",
+        help="block sizes, keys a query and, if not 8, blocks in a coarse one; None: the teacher's")
+    add("--steps", type=number(int, 0), default=0, help="steps of distilling")
+    add("--read", nargs="+", type=keys_or_variant, default=[], metavar="K or NAME",
+        help="read each distilled student with so many keys, or as such a variant, too")
+    add("--no-kernels", dest="kernels", action="store_false", help="plain PyTorch, for edits of sea.py")
+    add("--mass", metavar="FILE", help="CSV that the keys and the mass of each layer and head are added to")
+    parser.set_defaults(eval_windows=200, csv="ablate.csv")
+    return completed(parser.parse_args())
+
+
+def add_flags(parser):
+    """The flags that chance.py has, too."""
+    add = parser.add_argument
     add("--teacher", default="out/dense-stdlib/ckpt.pt", help="a dense model, as of distill.py")
     add("--data", help="folder in data/; None: the teacher's")
-    add("--only", nargs="+", type=variant_name, default=list(VARIANTS), metavar="NAME", help="variants to run")
-    add("--list", action="store_true", help="print the names of the variants, run none")
-    add("--block-size", type=number(int, 1), help="S; None: the teacher's")
-    add("--keys-per-query", type=number(int, 1), help="K; None: the teacher's")
-    add("--context", type=number(int, 1), default=0, help="T; 0: the teacher's")
-    add("--steps", type=number(int, 0), default=0, help="steps of distilling")
+    add("--context", type=number(int, 1), help="T; None: as of distill.py")
     add("--batch-size", type=number(int, 1), default=4, help="sequences in a batch")
-    add("--lr", type=number(float, 0), default=3e-4, help="peak learning rate")
-    add("--eval-windows", type=number(int, 1), default=200, help="windows to evaluate on")
+    add("--lr", type=number(float, 0), help="peak learning rate; None: as of distill.py")
+    add("--eval-windows", type=number(int, 1), help="windows to evaluate on")
     add("--seed", type=number(int, 0), default=1337, help="of new weights and batches")
     add("--device", default="auto", choices=("auto", "cuda", "cpu"), help="auto: a GPU if any")
-    add("--csv", default="ablate.csv", help="table that rows are added to")
-    args = parser.parse_args()
+    add("--csv", help="table that rows are added to")
+
+
+def completed(args):
+    """Flags that were not given are as of distill.py, what it has beside these as it stands there."""
     args.device = engine.pick_device(args.device)
-    # What distill.py has flags for.
-    return argparse.Namespace(**vars(args), eval_only="val", accumulate=1)
+    preset = (distill.PRESETS if args.teacher.endswith(".pt") else distill.PUBLISHED)[args.device]
+    args.context = args.context or preset.get("context")
+    args.lr = preset["lr"] if args.lr is None else args.lr
+    return argparse.Namespace(**vars(args), eval_only=None, accumulate=1)
 
 
-def make_student(teacher, attention, times, args):
-    """A student with blocks `times` as large and, on average, as many keys a query."""
+def load_dense(args):
+    """The teacher; tokens to train on, and to evaluate on."""
+    teacher, _, tokens, held_out = distill.load_teacher(args)
+    if teacher.config.attention != "dense":
+        fail(f"{args.teacher} has {teacher.config.attention} attention; a teacher must be dense")
+    return teacher, tokens, held_out
+
+
+def table(path, columns):
+    """A CSV, new or gone on with, that rows, dictionaries, are added to as soon as they are known."""
+    header = ",".join(columns)
+    old = Path(path).read_text().splitlines()[:1] if Path(path).exists() else []
+    if old and old != [header]:
+        fail(f"{path} has other columns; give another file")
+    writer = csv.DictWriter(open(path, "a", newline="", buffering=1), columns, lineterminator="\n")
+    if not old:
+        writer.writeheader()
+    return writer
+
+
+def rows_of(name, setting, teacher, tokens, held_out, args, precision):
+    """Make, train and measure a student -> for each way of reading it a row, and its keys_and_mass."""
+    begin = time.time()
+    kind = VARIANTS[name][0]
+    S, K, coarse = setting
     torch.manual_seed(args.seed)
-    S = args.block_size or teacher.config.block_size
-    K = args.keys_per_query or teacher.config.keys_per_query
-    size = max(1, round(S * times))
-    keys = max(1, K // S) * S + round(2.5 * (S - size))     # two fixed blocks, and half the own one
-    return teacher.with_attention(attention, block_size=size, keys_per_query=max(1, keys))
+    student = teacher.with_attention(kind, block_size=S, keys_per_query=K, coarse=coarse)
+    same = dict(variant=name, block_size=S, coarse=coarse, context=args.context, steps=args.steps,
+                trained_keys=K)
+    reads = [K]
+    if args.steps:
+        with as_variant(name, args.kernels):
+            loss = evaluate(student, held_out, args.batch_size, args.eval_windows, precision)
+            distill.distill(student, teacher, tokens, args, precision, distill.make_optimizer(student))
+        same["ppl_untrained"] = perplexity(loss)
+        reads += args.read if kind in CHOOSING else []
+
+    for read in reads:
+        read_as, keys = (name, read) if isinstance(read, int) else (read, K)
+        reader = student.with_attention(VARIANTS[read_as][0], keys_per_query=keys)
+        with as_variant(read_as, args.kernels):
+            loss = evaluate(reader, held_out, args.batch_size, args.eval_windows, precision)
+            kept = look(read_as, reader, held_out, args, precision)
+        row = same | dict(read_as=read_as, keys_per_query=keys, ppl=perplexity(loss))
+        if kept is not None:
+            row["keys"], row["mass"] = kept.mean((0, 2)).tolist()
+        yield row | dict(seconds=time.time() - begin), kept
+        begin = time.time()
 
 
-def row_of(name, teacher, tokens, held_out, args, precision):
-    """Make, train and measure a variant -> a row of the table."""
-    attention, functions, times = VARIANTS[name]
-    student = make_student(teacher, attention, times, args)
-    with replaced(functions):
-        untrained = evaluate(student, held_out, args.batch_size, args.eval_windows, precision)
-        if args.steps:
-            optimizer = distill.make_optimizer(student)
-            distill.distill(student, teacher, tokens, args, precision, optimizer)
-        loss = evaluate(student, held_out, args.batch_size, args.eval_windows, precision)
-        keys, mass = distill.keys_and_mass(student.eval(), held_out)
-    return dict(variant=name, ppl_untrained=math.exp(untrained), ppl=math.exp(loss), keys=keys, mass=mass,
-                block_size=student.config.block_size, keys_per_query=student.config.keys_per_query,
-                context=args.context, steps=args.steps)
+def look(name, model, held_out, args, precision):
+    """keys_and_mass on the first window."""
+    idx = torch.from_numpy(held_out[:args.context].astype("int64"))[None].to(args.device)
+    with torch.no_grad(), precision:
+        layers = model.eval()(idx, trace=True).trace
+        with as_variant(name):
+            return keys_and_mass(model, layers)
 
 
-@one_line(KeyboardInterrupt, OSError, hint="the CSV keeps the rows that were known")
+def show(row):
+    name = row["variant"] if row["read_as"] == row["variant"] else f"{row['variant']} as {row['read_as']}"
+    words = [f"{name:26}", f"{row['block_size']}:{row['keys_per_query']}:{row['coarse']}".ljust(10)]
+    for column, digits in SHOWN.items():
+        words.append(f"{row[column]:10.{digits}f}" if column in row else " " * 10)
+    print(*words, flush=True)
+
+
+def add_heads(writer, row, kept):
+    """A row for each layer and head."""
+    same = {column: row[column] for column in MASS_COLUMNS if column in row}
+    for layer, (keys, mass) in enumerate(kept.tolist()):
+        for head in range(len(keys)):
+            writer.writerow(same | dict(layer=layer, head=head, keys=keys[head], mass=mass[head]))
+
+
+@one_line(KeyboardInterrupt, OSError, FloatingPointError, hint="the CSV keeps the rows that were known")
 def main():
     args = parse_arguments()
     if args.list:
         return print(*VARIANTS, sep="\n")
-    engine.pick_backend(args.device, kernels=False)
     precision, _ = engine.pick_precision(args.device)
-    teacher, _, tokens, held_out = distill.load_teacher(args)
-    if teacher.config.attention != "dense":
-        fail(f"{args.teacher} has {teacher.config.attention} attention; a teacher must be dense")
+    teacher, tokens, held_out = load_dense(args)
+    c = teacher.config
+    settings = args.settings or [(c.block_size, c.keys_per_query, c.coarse)]
+    rows = table(args.csv, COLUMNS)
+    heads = table(args.mass, MASS_COLUMNS) if args.mass else None
 
-    new = not Path(args.csv).exists()
-    table = csv.DictWriter(open(args.csv, "a", newline="", buffering=1), COLUMNS, lineterminator="\n")
-    if new:
-        table.writeheader()
-    print(f"{'variant':26}{'untrained':>10}{'ppl':>10}{'keys':>8}{'mass':>8}")
+    print("variant".ljust(26), "S:K:coarse", *(f"{column:>10.10}" for column in SHOWN))
     for name in args.only:
-        row = row_of(name, teacher, tokens, held_out, args, precision)
-        shown = f"{row['keys']:8.1f}{row['mass']:8.3f}" if row["keys"] else ""
-        print(f"{name:26}{row['ppl_untrained']:10.3f}{row['ppl']:10.3f}{shown}", flush=True)
-        table.writerow(row)
+        # The others have neither S nor K.
+        for its in settings if VARIANTS[name][0] in CHOOSING else settings[:1]:
+            for row, kept in rows_of(name, its, teacher, tokens, held_out, args, precision):
+                show(row)
+                rows.writerow(row)
+                if heads and kept is not None:
+                    add_heads(heads, row, kept)
 
 
 if __name__ == "__main__":
