@@ -50,18 +50,18 @@ class Config:
             value = getattr(self, field.name)
             if not isinstance(value, (int, float) if field.type is float else field.type):
                 raise ValueError(f"{field.name} is {value!r}; it must be {field.type.__name__}")
+            if field.type is int and value < min(1, field.default):   # 0 is the default of some
+                least = min(1, field.default)
+                raise ValueError(f"{field.name} is {value}; it must be {least} or more")
+        for name, known in dict(attention=ATTENTIONS, architecture=BLOCKS).items():
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}; choose one of {', '.join(known)}")
+
         self.n_kv_head = self.n_kv_head or self.n_head
         if not self.n_ffn:       # SwiGLU has three matrices: as many weights as two of 4 n_embd
             llama = self.architecture == "llama"
             self.n_ffn = -(-self.n_embd * 8 // 96) * 32 if llama else 4 * self.n_embd
-        for name, known in dict(attention=ATTENTIONS, architecture=BLOCKS).items():
-            if getattr(self, name) not in known:
-                value = getattr(self, name)
-                raise ValueError(f"{name} is {value!r}; choose one of {', '.join(known)}")
-        for name in ("vocab_size context n_layer n_head n_kv_head n_embd n_ffn block_size "
-                     "keys_per_query coarse map_width num_features").split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         if self.n_embd % self.n_head or self.n_head % self.n_kv_head:
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head "
                              f"({self.n_head}), and that of n_kv_head ({self.n_kv_head})")
@@ -97,11 +97,13 @@ class Layer(NamedTuple):
 # training lowers, or None. Some can also go on from kept keys and values, by new_cache and decode:
 # q (B, H, 1, D) of the token at position (1,) -> (B, H, 1, D), in constant shapes
 
-class SEA(nn.Module):
+class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
 
+
+class SEA(Attention):
     def forward(self, q, k, v, teacher=None):
         c = self.config
         return sea.sea_attention(q, k, v, c.block_size, c.keys_per_query, c.coarse), None
@@ -113,13 +115,11 @@ class SEA(nn.Module):
         return sea.decode(q, cache, position, self.config.keys_per_query)
 
 
-class Paper(nn.Module):
-    """SEA with the estimate that the paper learns. teacher: the (q, k) whose attention it is to
-    match."""
+class Paper(Attention):
+    """SEA by the estimate that the paper learns from teacher, the (q, k) of another attention."""
 
     def __init__(self, config):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.estimator = sea.PaperEstimator(config.n_head, config.head_dim, config.map_width,
                                             config.num_features)
 
@@ -133,35 +133,31 @@ class Paper(nn.Module):
         return self.estimator(q * scale, k, v, c.block_size, c.keys_per_query, teacher)
 
 
-class Dense(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-
+class Dense(Attention):
     def forward(self, q, k, v, teacher=None):
-        shared = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared), None
+        return self.attend(q, k, v, is_causal=True), None
+
+    def attend(self, q, k, v, **mask):
+        shared = q.shape[1] != k.shape[1]      # asked for in vain, it rules out some kernels
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=shared, **mask)
 
     def new_cache(self, k, v, room):
         return sea.KeysAndValues(k, v, room)
 
     def decode(self, q, cache, position):
-        """One masked call over all keys that there is room for."""
-        shared = q.shape[1] != cache.k.shape[1]
-        mask = self.seen(position, cache)[None]                             # (1, room)
-        return F.scaled_dot_product_attention(q, cache.k, cache.v, attn_mask=mask,
-                                              enable_gqa=shared)
+        key = torch.arange(cache.k.shape[2], device=q.device)      # all that there is room for
+        return self.attend(q, cache.k, cache.v, attn_mask=self.mask(position, key)[None])
 
-    def seen(self, position, cache):
-        """The keys of the cache that the token at this position attends to: (room,) bool."""
-        return torch.arange(cache.k.shape[2], device=position.device) <= position
+    def mask(self, query, key):
+        """Does this query attend to this key? Positions that broadcast -> bool."""
+        return key <= query
 
 
-class Performer(nn.Module):
+class Performer(Attention):
     """The paper's kernel attention, the estimator's first part, used as the attention itself."""
 
     def __init__(self, config):
-        super().__init__()
+        super().__init__(config)
         self.register_buffer("omega", sea.orthogonal_features(config.head_dim, config.num_features))
 
     def forward(self, q, k, v, teacher=None):
@@ -171,24 +167,15 @@ class Performer(nn.Module):
 
 
 class Window(Dense):
-    """The first FIRST tokens and the last ones: as many keys as SEA has on average, chosen by
-    position alone.
-
-    It is computed as masked dense attention: a yardstick for quality, not for speed.
-    """
+    """The FIRST and the last tokens, as many as SEA's keys on average: for quality, not speed."""
     FIRST = 4
 
     def forward(self, q, k, v, teacher=None):
         position = torch.arange(q.shape[2], device=q.device)
         mask = self.mask(position[:, None], position)                       # (T, T)
-        shared = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=shared), None
-
-    def seen(self, position, cache):
-        return self.mask(position, torch.arange(cache.k.shape[2], device=position.device))
+        return self.attend(q, k, v, attn_mask=mask), None
 
     def mask(self, query, key):
-        """Does this query attend to this key? Positions that broadcast -> bool."""
         S = self.config.block_size
         n = max(1, self.config.keys_per_query // S)
         last = (n + 2) * S + (S + 1) // 2 - self.FIRST       # SEA's blocks, and half of its own one
@@ -486,32 +473,26 @@ class Transformer(nn.Module):
         context = self.config.context
         cached = hasattr(self.layers[0].self_attn.attention, "decode")
         text = idx[:, -context:]
-        while max_new_tokens > 0:
+        tokens = None
+        for left in range(max_new_tokens, 0, -1):
             if text.shape[1] > context:
                 text = text[:, -max(1, context // 2):]
-            last = min(context, text.shape[1] + max_new_tokens - 1)
+                tokens = None
             if cached:
-                tokens = self.from_cache(text, last, choose, graph)
+                room = min(context, text.shape[1] + left - 1)
+                tokens = tokens or self.from_cache(text, room, choose, graph)
+                token = next(tokens)                                             # (B, 1)
             else:
-                tokens = self.from_text(text, last, choose)
-            for token in tokens:
-                if (token < 0).any():
-                    raise FloatingPointError("the logits are no numbers: the model's weights are "
-                                             "spoilt")
-                text = torch.cat((text, token), 1)
-                max_new_tokens -= 1
-                yield token
-
-    def from_text(self, text, last, choose):
-        """Tokens after text (B, T), until it has last + 1; each reads the whole text again."""
-        while text.shape[1] <= last:
-            token = choose(self(text).logits[:, -1])
+                token = choose(self(text).logits[:, -1])
+            if (token < 0).any():
+                raise FloatingPointError("the logits are no numbers: the weights are spoilt")
             text = torch.cat((text, token), 1)
             yield token
 
-    def from_cache(self, text, last, choose, graph):
-        """The same from caches, in steps of constant shapes that wait for nothing."""
-        logits, caches = self.prefill(text, last)
+    def from_cache(self, text, room, choose, graph):
+        """Tokens after text (B, T), from caches with room for what is read: in steps of constant
+        shapes that wait for nothing."""
+        logits, caches = self.prefill(text, room)
         token = choose(logits)                                                   # (B, 1)
         position = torch.tensor([text.shape[1]], device=text.device)
         yield token.clone()
@@ -520,10 +501,12 @@ class Transformer(nn.Module):
             token.copy_(choose(self.decode(token, position, caches)))
             position.add_(1)
 
-        for i in range(text.shape[1], last):
+        step()                                      # makes all kernels ready, for a graph
+        yield token.clone()
+        if graph:
+            step = captured(step)
+        while True:
             step()
-            if graph and i == text.shape[1]:          # the first step has made all kernels ready
-                step = captured(step)
             yield token.clone()
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
