@@ -562,8 +562,7 @@ def packed(chosen, T, block_size):
     bits = (tiles * bit[:, None]).sum(3, dtype=torch.int32)         # (B, H, G, W)
     used = bits != 0
     count = used.sum(-1, dtype=torch.int32)
-    room = int(count.max()) if W else 0
-    order = used.byte().argsort(dim=-1, descending=True, stable=True)[..., :room]
+    order = used.byte().argsort(dim=-1, descending=True, stable=True)
     return Lists(order.int(), bits.gather(-1, order).cumsum(-1, dtype=torch.int32), count)
 
 
@@ -592,7 +591,6 @@ def budgets(block_size, keys_per_query, coarse):
     return n, max(8, keys_per_query // min(16, block_size * coarse))
 
 
-@torch.compiler.disable
 def attend(q, k, v, chosen, block_size):
     """sea.attend: exact attention to the chosen blocks and, up to the query itself, to its own."""
     q, k, v = checked(q, k, v)

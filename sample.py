@@ -45,6 +45,8 @@ def parse_arguments():
     args.device = engine.pick_device(args.device)
     if args.layers and not args.page:
         fail("--layers chooses what --page FILE shows; give both")
+    if args.page and args.page.suffix != ".html":
+        fail(f"--page {args.page}: name a file that ends in .html; one that is there is replaced")
     if args.page and (args.page.is_dir() or not args.page.parent.is_dir()):
         fail(f"cannot write --page {args.page}; name a file in a folder that exists")
     if args.page and not args.prompt:

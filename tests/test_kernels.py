@@ -54,12 +54,14 @@ def check(function, reference, inputs, bound):
         assert error(x.grad, y.grad, least=grad.norm()) < bound          # one may be 0 but for rounding
 
 
-def test_torch_compile_takes_it_whole():
+@pytest.mark.parametrize("name", ["sea_attention", "attend"])
+def test_torch_compile_takes_it_whole(name):
     """One graph forward, one backward, and the results of the plain call."""
     inputs = [x.requires_grad_() for x in heads(1, 2, 1, 20, 16)]
+    chosen = torch.ones(1, 2, 20, 5, dtype=torch.bool, device=DEVICE)
 
     def f(q, k, v):
-        return kernels.sea_attention(q * 2, k, v, 4, 8, 2)
+        return getattr(kernels, name)(q * 2, k, v, *((4, 8, 2) if name == "sea_attention" else (chosen, 4)))
     out = f(*inputs)
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")(*inputs)
     assert error(compiled, out) < 1e-6

@@ -235,6 +235,7 @@ def test_a_dense_model_under_another_attention(tmp_path, monkeypatch, capsys):
     ("--page a.html", "", "sea", "--prompt"),
     ("--page no/such/a.html", "x", "sea", "no/such/a.html"),
     ("--page .", "x", "sea", "name a file"),
+    ("--page a.txt", "x", "sea", "ends in .html"),
     ("--page a.html --layers 4", "x", "sea", "layers 0 to 3"),
     ("--page a.html --layers -1", "x", "sea", "--layers"),
     ("--layers 1", "x", "sea", "--page"),
