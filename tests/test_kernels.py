@@ -22,6 +22,7 @@ import triton  # noqa: E402
 
 import kernels  # noqa: E402
 import sea  # noqa: E402
+from model import Config, Transformer  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -88,6 +89,24 @@ def test_token_by_token(B, H, HKV, T, D, S, K, coarse, dtype):
         assert error(out, row) < (1e-5 if dtype == torch.float32 else 1e-2)
     for kept, moments in zip((cache.moments, cache.wide_moments), kernels.moments(k, S, coarse)):
         assert torch.equal(kept[:, :, :moments.shape[2]], moments)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="a CUDA graph needs a GPU")
+@pytest.mark.parametrize("attention", ["sea", "dense", "window"])
+def test_a_graph_writes_the_same_text(attention):
+    torch.manual_seed(0)
+    config = Config(vocab_size=96, context=200, n_layer=2, n_head=4, n_kv_head=2, n_embd=64, architecture="llama",
+                    attention=attention, block_size=4, keys_per_query=8)
+    model = Transformer(config).to(DEVICE, torch.bfloat16).eval()
+    for p in model.parameters():
+        p.data += 0.2 * torch.randn_like(p)
+    idx = torch.randint(96, (2, 150), device=DEVICE)
+    texts = []
+    for graph in False, True:
+        torch.manual_seed(1)
+        texts.append(torch.cat(list(model.stream(idx, 120, temperature=0.5, graph=graph)), 1))     # once past T
+    assert torch.equal(*texts)
+    assert len(texts[0].unique()) > 20
 
 
 # ---- sea_attention: forward and backward
