@@ -371,7 +371,8 @@ def add_heads(writer, row, kept):
             writer.writerow(same | dict(layer=layer, head=head, keys=keys[head], mass=mass[head]))
 
 
-@one_line(KeyboardInterrupt, OSError, FloatingPointError, hint="the CSV keeps the rows that were known")
+@one_line(KeyboardInterrupt, OSError, FloatingPointError, torch.OutOfMemoryError,
+          hint="the CSV keeps the rows that were known")
 def main():
     args = parse_arguments()
     if args.list:

@@ -137,7 +137,8 @@ def make_student(kind, teacher, args):
     return model
 
 
-@one_line(KeyboardInterrupt, OSError, FloatingPointError, hint="the CSV keeps the rows that were known")
+@one_line(KeyboardInterrupt, OSError, FloatingPointError, torch.OutOfMemoryError,
+          hint="the CSV keeps the rows that were known")
 def main():
     args = parse_arguments()
     precision, _ = engine.pick_precision(args.device)
