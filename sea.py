@@ -71,22 +71,26 @@ def look_twice(q, k, block_size, keys_per_query, coarse):
     A query scores T / (S coarse) coarse blocks, then as many blocks as fill those that it kept, a
     number that does not grow with T. q (B, H, R, D), scaled, k (B, Hkv, T, D) -> (B, H, R, W) bool.
     """
-    R = q.shape[2]
-    T = k.shape[2]
-    first_row = T - R
-    wide = block_size * coarse                                      # keys in a coarse block
-    n, n_wide = budgets(block_size, keys_per_query, coarse)
+    fine = moments(k, block_size)                                                # (B, Hkv, W, 2D)
+    wide = moments(k, block_size * coarse)
+    return choose(q, fine, wide, block_size, keys_per_query, coarse, k.shape[2] - q.shape[2])
 
-    scores = block_scores(q, moments(k, block_size), block_size, first_row)      # (B, H, R, W)
+
+def choose(q, fine_moments, wide_moments, block_size, keys_per_query, coarse, first_row):
+    """look_twice by the moments of blocks and of coarse blocks."""
+    W_wide = wide_moments.shape[2]
+    n, n_wide = budgets(block_size, keys_per_query, coarse)
+    scores = block_scores(q, fine_moments, block_size, first_row)                # (B, H, R, W)
 
     # First look: the coarse blocks that are worth a closer one, and the own one, which may be
     # incomplete, hence the extra column. If there are few, all would be kept: skip the look.
-    if T // wide > n_wide + 2:
-        wide_scores = block_scores(q, moments(k, wide), wide, first_row)         # (B, H, R, T/wide)
+    if W_wide > n_wide + 2:
+        wide = block_size * coarse                                  # keys in a coarse block
+        wide_scores = block_scores(q, wide_moments, wide, first_row)             # (B, H, R, W_wide)
         near = F.pad(select(wide_scores, wide, n_wide, first_row), (0, 1))
-        own = own_block(R, first_row, wide, q.device)                            # (R, 1)
-        near |= torch.arange(T // wide + 1, device=q.device) == own
-        near = near.repeat_interleave(coarse, -1)[..., :T // block_size]         # (B, H, R, W)
+        own = own_block(q.shape[2], first_row, wide, q.device)                   # (R, 1)
+        near |= torch.arange(W_wide + 1, device=q.device) == own
+        near = near.repeat_interleave(coarse, -1)[..., :scores.shape[3]]         # (B, H, R, W)
         scores = scores.masked_fill(~near, -torch.inf)
 
     # Second look, inside them. All were scored above; kernels.py skips what is masked.
@@ -115,28 +119,29 @@ def moments(k, block_size):
     return torch.cat((mean, variance / 2), -1)
 
 
-def block_scores(q, block_moments, block_size, first_row=0, block=None):
+def block_scores(q, block_moments, block_size, first_row=0):
     """Log of the estimated mass of each block, up to a constant of the row.
 
     For the keys k of a block, log mean exp(q.k) = q.mean + var(q.k) / 2 + ..., the cumulants (exact
     if they are normal). With a diagonal covariance it is (q, q*q) . (mean, variance / 2): features
     of q times features of the keys, summed before any query is known, as in linear attention.
 
-    q (B, H, R, D), scaled, holds rows first_row .. of T; block_moments (B, Hkv, W, 2D), of blocks
-    0 .. W - 1 or of those numbered by `block` -> (B, H, R, W), -inf from the query's own block on.
+    q (B, H, R, D), scaled, holds rows first_row .. of T; block_moments (B, Hkv, W, 2D)
+    -> (B, H, R, W), -inf from the query's own block on.
     """
-    R = q.shape[2]
-    if block is None:
-        block = torch.arange(block_moments.shape[2], device=q.device)
-    block_moments = block_moments.repeat_interleave(q.shape[1] // block_moments.shape[1], 1)
+    B, H, R, D = q.shape
+    HKV, W = block_moments.shape[1:3]
     q = q.to(block_moments.dtype)
+    features = torch.cat((q, q * q), -1)                                         # (B, H, R, 2D)
+    features = features.view(B, HKV, -1, 2 * D)     # rows of all the heads that share a head of k
     with torch.autocast(q.device.type, enabled=False):              # small differences decide
-        scores = torch.cat((q, q * q), -1) @ block_moments.mT       # (B, H, R, W)
-    future = block >= own_block(R, first_row, block_size, q.device)
+        scores = (features @ block_moments.mT).view(B, H, R, W)
+    block = torch.arange(W, device=q.device)
+    future = block >= own_block(q.shape[2], first_row, block_size, q.device)     # (R, W)
     return scores.masked_fill(future, -torch.inf)
 
 
-def select(scores, block_size, n, first_row=0, block=None):
+def select(scores, block_size, n, first_row=0):
     """Block 0, the block before the own one, and beside these the n with the largest scores.
 
     scores (B, H, R, W) must be -inf from the own block on; another that is -inf is taken only if it
@@ -144,8 +149,7 @@ def select(scores, block_size, n, first_row=0, block=None):
     all numbers; all are taken if fewer than n remain.
     """
     R, W = scores.shape[2:]
-    if block is None:
-        block = torch.arange(W, device=scores.device)
+    block = torch.arange(W, device=scores.device)
     own = own_block(R, first_row, block_size, scores.device)                     # (R, 1)
     # A pretrained model parks attention on its first token, and neighbours matter to any model.
     fixed = (block < own) & ((block == 0) | (block == own - 1))                  # (R, W)
@@ -239,7 +243,7 @@ class Cache(KeysAndValues):
             both = kernels.moments(self.k, block_size, coarse)
         else:
             both = moments(self.k, block_size), moments(self.k, wide)
-        self.moments, self.wide_moments = both      # (B, Hkv, room / S, 2D), (B, Hkv, room / wide, 2D)
+        self.moments, self.wide_moments = both                      # (B, Hkv, room / S or wide, 2D)
 
     def append(self, k, v, position):
         """Keep k, v (B, Hkv, 1, D) of the token at position (1,), and its blocks' new moments."""
@@ -257,58 +261,34 @@ class Cache(KeysAndValues):
 def decode(q, cache, position, keys_per_query=48, scale=None):
     """sea_attention of the token at position (1,), which the cache holds: q (B, H, 1, D) -> alike.
 
-    It is look_twice by lists of blocks in place of masks. Nothing but numbers depends on the
-    position, no shape and no branch, so that it can be part of a CUDA graph.
+    Nothing but numbers depends on the position, no shape and no branch.
     """
     check(q, cache.k, cache.v, cache.block_size, keys_per_query, cache.coarse)
     if q.is_cuda and backend == "triton":
         return kernels.decode(q, cache, position, keys_per_query, scale)
     S = cache.block_size
-    wide = S * cache.coarse
-    n, n_wide = budgets(S, keys_per_query, cache.coarse)
     q = q * (q.shape[3] ** -0.5 if scale is None else scale)
+    chosen = choose(q, cache.moments, cache.wide_moments, S, keys_per_query, cache.coarse, position)
+    chosen |= torch.arange(chosen.shape[3], device=q.device) == position // S    # the own one, too
 
-    # First look: a list of coarse blocks.
-    scores = block_scores(q, cache.wide_moments, wide, position)             # (B, H, 1, room/wide)
-    near = select(scores, wide, n_wide, position)
-    near |= torch.arange(near.shape[3], device=q.device) == position // wide
-    near, real = indices_of(near, n_wide + 3)                                # (B, H, 1, n_wide + 3)
+    # A list of as many blocks as a query can have, those that are chosen first.
+    most = budgets(S, keys_per_query, cache.coarse)[0] + 3
+    block = chosen.byte().argsort(dim=-1, descending=True, stable=True)[..., :most]
+    real = chosen.gather(-1, block)                                              # (B, H, 1, most)
 
-    # Second look: the blocks in them. An entry that is not real gets a number after all blocks.
-    block = inside(near, cache.coarse)                                           # (B, H, 1, L)
-    block_moments = rows_of(cache.moments, block)                                # (B, H, L, 2D)
-    block = block.masked_fill(~real.repeat_interleave(cache.coarse, -1), cache.k.shape[2])
-    scores = block_scores(q, block_moments, S, position, block)                  # (B, H, 1, L)
-    place, real = indices_of(select(scores, S, n, position, block), n + 2)
-    chosen = block.gather(-1, place).masked_fill(~real, 0)                       # (B, H, 1, n + 2)
-
-    # Attend to them and to the own block.
-    own = (position // S).expand(*chosen.shape[:3], 1)
-    keys = inside(torch.cat((chosen, own), -1), S)                               # (B, H, 1, keys)
-    mask = F.pad(real, (0, 1), value=True).repeat_interleave(S, -1) & (keys <= position)
-    k = rows_of(cache.k, keys)                                                   # (B, H, keys, D)
-    v = rows_of(cache.v, keys)
+    # Attend to their keys alone, of all that there is room for.
+    key = (block[..., None] * S + torch.arange(S, device=q.device)).flatten(-2)  # (B, H, 1, most S)
+    mask = real.repeat_interleave(S, -1) & (key <= position)
+    k = rows_of(cache.k, key)                                                    # (B, H, most S, D)
+    v = rows_of(cache.v, key)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
 
 
-def indices_of(chosen, most):
-    """Of chosen (..., W) bool, with at most `most` True: their indices, ascending, then others to
-    fill up, and which are real."""
-    index = chosen.byte().argsort(dim=-1, descending=True, stable=True)[..., :most]
-    return index, chosen.gather(-1, index)
-
-
-def inside(block, size):
-    """What lies inside blocks (..., n) of that size: (..., n size)."""
-    return (block[..., None] * size + torch.arange(size, device=block.device)).flatten(-2)
-
-
 def rows_of(x, index):
-    """Rows index (B, H, 1, n) of x (B, Hkv, N, E), whose heads are shared -> (B, H, n, E)."""
-    B, H = index.shape[:2]
-    b = torch.arange(B, device=x.device)[:, None, None]
-    h = torch.arange(H, device=x.device)[:, None] // (H // x.shape[1])
-    return x[b, h, index[:, :, 0]]
+    """Rows index (B, H, 1, n) of x (B, Hkv, N, D), whose heads are shared -> (B, H, n, D)."""
+    B, H, _, n = index.shape
+    index = index.reshape(B, x.shape[1], -1, 1).expand(-1, -1, -1, x.shape[3])   # (B, Hkv, .., D)
+    return x.gather(2, index).view(B, H, n, -1)
 
 
 # --------------------------------------------------------------------------------------------------
