@@ -52,13 +52,11 @@ def sea_attention(q, k, v, block_size=8, keys_per_query=48, coarse=8, scale=None
     if q.is_cuda and backend == "triton":
         return kernels.sea_attention(q, k, v, block_size, keys_per_query, coarse, scale)
 
-    R = q.shape[2]
-    T = k.shape[2]
     q = q * (q.shape[3] ** -0.5 if scale is None else scale)
+    end = k.shape[2] - q.shape[2]
     out = []
-    for start in range(0, R, ROWS):
-        rows = q[:, :, start:start + ROWS]                          # (B, H, r, D)
-        end = T - R + start + rows.shape[2]                         # no later key is looked at
+    for rows in q.split(ROWS, 2):                                   # (B, H, r, D)
+        end += rows.shape[2]                                        # no later key is looked at
         chosen = look_twice(rows, k[:, :, :end], block_size, keys_per_query, coarse)
         out.append(attend(rows, k[:, :, :end], v[:, :, :end], chosen, block_size))
     return torch.cat(out, 2)
@@ -66,10 +64,10 @@ def sea_attention(q, k, v, block_size=8, keys_per_query=48, coarse=8, scale=None
 
 @torch.no_grad()
 def look_twice(q, k, block_size, keys_per_query, coarse):
-    """Choose coarse blocks, then blocks inside those: in all much less to score than every block.
+    """Choose coarse blocks, then blocks inside those, whose number does not grow with T.
 
-    A query scores T / (S coarse) coarse blocks, then as many blocks as fill those that it kept, a
-    number that does not grow with T. q (B, H, R, D), scaled, k (B, Hkv, T, D) -> (B, H, R, W) bool.
+    q (B, H, R, D), scaled, k (B, Hkv, T, D) -> (B, H, R, W) bool. All T / (S coarse) coarse blocks
+    are scored, then as many blocks as fill those that were kept: much less than T / S.
     """
     fine = moments(k, block_size)                                                # (B, Hkv, W, 2D)
     wide = moments(k, block_size * coarse)
@@ -107,13 +105,10 @@ def budgets(block_size, keys_per_query, coarse):
 
 
 def moments(k, block_size):
-    """Mean and half the variance of each complete block's keys.
-
-    (B, Hkv, T, D) -> (B, Hkv, W, 2D), in float32 at least.
-    """
+    """Mean and half the variance of each complete block's keys (B, Hkv, T, D): (B, Hkv, W, 2D)."""
     W = k.shape[2] // block_size
     blocks = k[:, :, :W * block_size].unflatten(2, (W, block_size))              # (B, Hkv, W, S, D)
-    blocks = blocks.to(torch.promote_types(k.dtype, torch.float32))
+    blocks = blocks.to(torch.promote_types(k.dtype, torch.float32))              # or float64
     mean = blocks.mean(3)                                                        # (B, Hkv, W, D)
     variance = (blocks - mean.unsqueeze(3)).square().mean(3)
     return torch.cat((mean, variance / 2), -1)
@@ -126,8 +121,8 @@ def block_scores(q, block_moments, block_size, first_row=0):
     if they are normal). With a diagonal covariance it is (q, q*q) . (mean, variance / 2): features
     of q times features of the keys, summed before any query is known, as in linear attention.
 
-    q (B, H, R, D), scaled, holds rows first_row .. of T; block_moments (B, Hkv, W, 2D)
-    -> (B, H, R, W), -inf from the query's own block on.
+    q (B, H, R, D), scaled, rows first_row .. of T, block_moments (B, Hkv, W, 2D) -> (B, H, R, W),
+    -inf from the query's own block on.
     """
     B, H, R, D = q.shape
     HKV, W = block_moments.shape[1:3]
@@ -211,10 +206,7 @@ def check(q, k, v, block_size, keys_per_query, coarse=1):
 # One token at a time
 
 class KeysAndValues:
-    """Those of a layer's tokens so far, k, v (B, Hkv, T, D), with room for more: zeros until then.
-
-    No shape changes as it fills.
-    """
+    """Those of a layer's tokens so far, k, v (B, Hkv, T, D), and zeros where more have room."""
 
     def __init__(self, k, v, room):
         rest = room - k.shape[2]
@@ -230,8 +222,7 @@ class KeysAndValues:
 class Cache(KeysAndValues):
     """What decode needs: keys, values, and the moments of blocks and of coarse blocks.
 
-    Moments of a block that is not complete are wrong, and are not looked at. The kernels' ones are
-    of k's dtype.
+    Those of a block that is not complete are wrong, and are not looked at.
     """
 
     def __init__(self, k, v, room, block_size=8, coarse=8):
@@ -346,10 +337,9 @@ def kernel_attention(q, k, v, omega, chunk=64):
 
 def orthogonal_features(D, num_features):
     """Random omega (D, F) of kernel_attention: orthogonal columns, D at a time, of norm sqrt(D)."""
-    groups = []
-    for _ in range(-(-num_features // D)):
-        groups.append(nn.init.orthogonal_(torch.empty(D, D, dtype=torch.float32)))
-    return torch.cat(groups, 1)[:, :num_features] * D ** 0.5
+    count = -(-num_features // D)
+    squares = [nn.init.orthogonal_(torch.empty(D, D, dtype=torch.float32)) for _ in range(count)]
+    return torch.cat(squares, 1)[:, :num_features] * D ** 0.5
 
 
 def sinusoids(T, D, device=None):
@@ -360,6 +350,7 @@ def sinusoids(T, D, device=None):
     return torch.cat((angle.sin(), angle.cos()), -1)
 
 
+@torch.no_grad()
 def block_mass(q, k, block_size, first_row=0):
     """The target of PaperEstimator: dense attention's mass in each past block, shares of their sum.
 
@@ -424,9 +415,8 @@ class PaperEstimator(nn.Module):
             chosen = select(scores.detach(), block_size, n, start)
             out.append(attend(q[:, :, rows], k[:, :, past], v[:, :, past], chosen, block_size))
             if teacher is not None:
-                teacher_q = teacher[0].detach()[:, :, rows]
-                teacher_k = teacher[1].detach()[:, :, past]
-                target = block_mass(teacher_q, teacher_k, block_size, start)
+                teacher_q, teacher_k = teacher
+                target = block_mass(teacher_q[:, :, rows], teacher_k[:, :, past], block_size, start)
                 distances.append(block_kl(target, scores))                       # (B, H, r)
 
         # Two gates: mix gain * attention with the running mean of v.
