@@ -78,15 +78,13 @@ class Config:
 class Output(NamedTuple):
     logits: torch.Tensor         # (B, T, V)
     loss: torch.Tensor           # nats per token; None without targets
-    kl: torch.Tensor  # mean over layers of the estimate's distance to its teacher; None without one
+    kl: torch.Tensor             # the estimate's distance to its teacher, if any; mean over layers
     trace: list                  # a Layer for each layer, where asked for
 
 
 class Layer(NamedTuple):
-    """What a layer computed: its output, its attention's output (B, T, C), and what it attended
-    with."""
-    hidden: torch.Tensor
-    attended: torch.Tensor
+    hidden: torch.Tensor         # (B, T, C), the layer's output
+    attended: torch.Tensor       # (B, T, C), its attention's
     q: torch.Tensor              # (B, H, T, D)
     k: torch.Tensor              # (B, Hkv, T, D), v too
     v: torch.Tensor
@@ -217,14 +215,14 @@ class SelfAttention(nn.Module):
             both = rotate(torch.cat((q, k), 1), rotary)              # (B, H + Hkv, T, D)
             q, k = both.split((q.shape[1], k.shape[1]), 1)
 
+        kl = None
         if cache is None:
             y, kl = self.attention(q, k, v, teacher)                 # (B, H, T, D)
         else:                                                        # one token
             cache.append(k, v, position)
             y = self.attention.decode(q, cache, position)            # (B, H, 1, D)
-            kl = None
         y = getattr(self, self.out)(y.transpose(1, 2).flatten(2))    # (B, T, C)
-        return y, kl, q, k, v
+        return y, q, k, v, kl
 
 
 class OPTBlock(nn.Module):
@@ -237,16 +235,16 @@ class OPTBlock(nn.Module):
         self.fc1 = nn.Linear(config.n_embd, config.n_ffn)
         self.fc2 = nn.Linear(config.n_ffn, config.n_embd)
 
-    def forward(self, x, rotary=None, teacher=None, cache=None, position=None):
-        y, kl, q, k, v = self.self_attn(x if self.post_norm else self.self_attn_layer_norm(x),
-                                        rotary, teacher, cache, position)
-        x = x + y                                                    # (B, T, C)
+    def forward(self, x, *how):          # how: what SelfAttention.forward takes beside x
         if self.post_norm:
-            x = self.self_attn_layer_norm(x)
+            y, *seen = self.self_attn(x, *how)
+            x = self.self_attn_layer_norm(x + y)                     # (B, T, C)
             x = self.final_layer_norm(x + self.mlp(x))
         else:
+            y, *seen = self.self_attn(self.self_attn_layer_norm(x), *how)
+            x = x + y                                                # (B, T, C)
             x = x + self.mlp(self.final_layer_norm(x))
-        return x, kl, y, q, k, v
+        return x, y, *seen
 
     def mlp(self, x):
         return self.fc2(F.relu(self.fc1(x)))
@@ -271,11 +269,11 @@ class LlamaBlock(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x, rotary=None, teacher=None, cache=None, position=None):
-        y, kl, q, k, v = self.self_attn(self.input_layernorm(x), rotary, teacher, cache, position)
+    def forward(self, x, *how):
+        y, *seen = self.self_attn(self.input_layernorm(x), *how)
         x = x + y                                                    # (B, T, C)
         x = x + self.mlp(self.post_attention_layernorm(x))
-        return x, kl, y, q, k, v
+        return x, y, *seen
 
 
 BLOCKS = dict(opt=OPTBlock, llama=LlamaBlock)
@@ -285,11 +283,9 @@ BLOCKS = dict(opt=OPTBlock, llama=LlamaBlock)
 # The model
 
 class Transformer(nn.Module):
-    """Transformer(config)(idx, targets=None) -> Output: ids (B, T) int64 -> logits (B, T, V), the
-    loss ...
+    """Transformer(config)(idx, targets=None) -> Output, of ids (B, T) int64.
 
     teacher: for each layer the (q, k) whose attention the paper's estimate should match.
-    trace: also return what each layer computed.
     """
 
     def __init__(self, config):
@@ -312,8 +308,7 @@ class Transformer(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """GPT-2's: normal(0.02), what ends on the residual stream over sqrt(2 n_layer). Attention
-        keeps its own.
+        """GPT-2's: normal(0.02), what ends on the residual stream over sqrt(2 n_layer).
 
         OPT's positions start as sinusoids and are learned from there: each of thousands of rows
         gets a gradient from one token per window, so from noise it takes long until attention knows
@@ -336,7 +331,7 @@ class Transformer(nn.Module):
 
         kls, layers = [], []
         for block, queries_keys in zip(self.layers, teacher or [None] * len(self.layers)):
-            x, kl, *seen = block(x, rotary, queries_keys)
+            x, *seen, kl = block(x, rotary, queries_keys)
             if kl is not None:
                 kls.append(kl)
             if trace:
@@ -349,12 +344,11 @@ class Transformer(nn.Module):
         return Output(logits, loss, torch.stack(kls).mean() if kls else None, layers)
 
     def embed(self, idx, position=None):
-        """What the first layer gets (B, T, C), and cos and sin (2, T, D) of rotary positions, or
+        """What the first layer gets: (B, T, C), and cos and sin (2, T, D) of rotary positions or
         None. position: of these tokens (T,), 0 to T - 1 if it is not given."""
         T = idx.shape[1]
         if T > self.config.context:
-            raise ValueError(f"{T} tokens do not fit in this model's context, which has room "
-                             f"for {self.config.context}")
+            raise ValueError(f"{T} tokens do not fit in the context of {self.config.context}")
         if position is None:
             position = torch.arange(T, device=idx.device)
         x = self.embed_tokens(idx)                                               # (B, T, E)
@@ -377,18 +371,15 @@ class Transformer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_folder, attention="dense", context=None, url=None, **settings):
-        """Published weights, in float32, from a folder in the hub's format or by name (see
-        data/hub.py).
+        """Published weights, in float32, from a folder in the hub's format or by name: data/hub.py.
 
         A mistake is a ValueError. context: see set_context; None is the file's. url: address of the
-        files, if not the hub's. settings: further fields of Config. What `attention` adds keeps its
-        initial values.
+        files, if not the hub's. settings: further fields of Config.
         """
         def find(file):
             return hub.model_file(name_or_folder, file, url)
 
-        fixed = hub.read_config(find("config.json"))
-        config = Config(**fixed, attention=attention, **settings)
+        config = Config(**hub.read_config(find("config.json")), attention=attention, **settings)
         with torch.device("meta"):       # no memory, time or random numbers for what the file holds
             model = cls(config)
         for block in model.layers:
@@ -401,19 +392,14 @@ class Transformer(nn.Module):
         return model
 
     def with_attention(self, attention, **settings):
-        """A new model of the same weights under another attention, whose own parameters are at
-        their start."""
+        """A new model of the same weights; what only the new attention has is at its start."""
         config = replace(self.config, attention=attention, **settings)
         model = Transformer(config).to(self.embed_tokens.weight)     # its device and type
-        same = attention == self.config.attention
-        weights = {name: x for name, x in self.state_dict().items()
-                   if same or ".attention." not in name}
-        model.load_state_dict(weights, strict=same)
+        model.load_state_dict(self.state_dict(), strict=False)
         return model
 
     def set_context(self, context):
-        """Change T. Of OPT's learned positions fewer are the first, more are the old ones
-        interpolated."""
+        """Change T: fewer of OPT's learned positions are the first, more are interpolated."""
         old = self.config.context
         self.config = replace(self.config, context=context)
         for block in self.layers:
@@ -434,12 +420,11 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def prefill(self, idx, room):
-        """Read a prompt (B, T) -> logits of its last token (B, V), and a cache a layer with room
-        for as many tokens in all."""
+        """Read a prompt (B, T) -> logits of its last token (B, V), caches for `room` tokens."""
         x, rotary = self.embed(idx)
         caches = []
         for block in self.layers:
-            x, _, _, _, k, v = block(x, rotary)
+            x, _, _, k, v, _ = block(x, rotary)
             caches.append(block.self_attn.attention.new_cache(k, v, room))
         return self.unembed(x[:, -1:])[:, 0], caches
 
@@ -448,13 +433,12 @@ class Transformer(nn.Module):
         """Read a token (B, 1) at position (1,) -> its logits (B, V). The caches keep it, too."""
         x, rotary = self.embed(idx, position)
         for block, cache in zip(self.layers, caches):
-            x, *_ = block(x, rotary, None, cache, position)
+            x = block(x, rotary, None, cache, position)[0]
         return self.unembed(x)[:, 0]
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, ids=None, graph=False):
-        """Sample the tokens after idx (B, T), one (B, 1) at a time; temperature 0 takes the
-        likeliest.
+        """Sample tokens (B, 1) after idx (B, T), one by one; temperature 0 takes the likeliest.
 
         When the context is full, the model starts again from the last half of it, read as a new
         prompt. ids: those to choose from; OPT has more rows in its vocabulary than its tokenizer
@@ -490,8 +474,7 @@ class Transformer(nn.Module):
             yield token
 
     def from_cache(self, text, room, choose, graph):
-        """Tokens after text (B, T), from caches with room for what is read: in steps of constant
-        shapes that wait for nothing."""
+        """Tokens after text (B, T), in steps of constant shapes that wait for nothing."""
         logits, caches = self.prefill(text, room)
         token = choose(logits)                                                   # (B, 1)
         position = torch.tensor([text.shape[1]], device=text.device)
