@@ -503,8 +503,9 @@ def launch(q, k, scale, block_size, blocks, sums, count):
     B, H, R, D = q.shape
     lists = listed(Lists(blocks, sums, count))
     sizes = lists, scale, k.shape[2], R, H, k.shape[1]
-    return (cdiv(R, ATTENDING), B * H), sizes, dict(D=D, S=block_size, M=ATTENDING, KEYS=32,
-                                                    num_warps=1)
+    warps = 1 if D <= 64 else 4                                     # one has too few registers then
+    options = dict(D=D, S=block_size, M=ATTENDING, KEYS=32, num_warps=warps)
+    return (cdiv(R, ATTENDING), B * H), sizes, options
 
 
 def attend_outputs(q, *rest):

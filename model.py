@@ -1,16 +1,16 @@
 """
-Two decoders, from scratch: OPT (Zhang et al., 2022) and Llama (Touvron et al., 2023), under one
-class.
+Two decoders, from scratch, under one class: OPT (arXiv 2205.01068) and Llama (arXiv 2302.13971).
 
     opt     learned positions with OPT's offset of 2, LayerNorm, biases, ReLU
     llama   rotary positions, RMSNorm, SwiGLU, key heads that query heads share, no biases
 
-Parameter names are those of the published weights, which Transformer.from_pretrained reads.
-Config.attention names the attention: sea, the paper's own estimator, or what both are compared
-with: dense, performer, window.
+Parameter names are those of the published weights, which Transformer.from_pretrained reads. The
+attention is sea, the paper's own estimator, or what these are compared with: dense, performer,
+window.
 """
 import math
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -50,8 +50,8 @@ class Config:
             value = getattr(self, field.name)
             if not isinstance(value, (int, float) if field.type is float else field.type):
                 raise ValueError(f"{field.name} is {value!r}; it must be {field.type.__name__}")
-            if field.type is int and value < min(1, field.default):   # 0 is the default of some
-                least = min(1, field.default)
+            least = min(1, field.default) if field.type is int else value    # 0 may be a default
+            if value < least:
                 raise ValueError(f"{field.name} is {value}; it must be {least} or more")
         for name, known in dict(attention=ATTENTIONS, architecture=BLOCKS).items():
             value = getattr(self, name)
@@ -376,9 +376,7 @@ class Transformer(nn.Module):
         A mistake is a ValueError. context: see set_context; None is the file's. url: address of the
         files, if not the hub's. settings: further fields of Config.
         """
-        def find(file):
-            return hub.model_file(name_or_folder, file, url)
-
+        find = partial(hub.model_file, name_or_folder, url=url)
         config = Config(**hub.read_config(find("config.json")), attention=attention, **settings)
         with torch.device("meta"):       # no memory, time or random numbers for what the file holds
             model = cls(config)
@@ -448,12 +446,9 @@ class Transformer(nn.Module):
         if idx.shape[1] == 0:
             raise ValueError("the prompt is empty; give one token at least")
         if temperature < 0 or (top_k is not None and top_k < 1):
-            raise ValueError(f"temperature is {temperature}, top_k {top_k}; "
-                             "they must be 0, and 1, or more")
+            raise ValueError(f"temperature is {temperature}, top_k {top_k}; the least are 0, and 1")
 
-        def choose(logits):
-            return sample(logits, temperature, top_k, ids)
-
+        choose = partial(sample, temperature=temperature, top_k=top_k, ids=ids)
         context = self.config.context
         cached = hasattr(self.layers[0].self_attn.attention, "decode")
         text = idx[:, -context:]
