@@ -5,12 +5,10 @@ import json
 import math
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from data import download, hub
 from data.common import encoding
@@ -28,7 +26,8 @@ def small_model(architecture="opt", attention="sea", **more):
     """A model whose every part matters: in a fresh one the logits are nearly equal."""
     torch.manual_seed(0)
     kv = dict(n_kv_head=2) if architecture == "llama" else {}
-    model = Transformer(Config(**{**SMALL, **kv, "architecture": architecture, "attention": attention, **more}))
+    settings = {**SMALL, **kv, **more}
+    model = Transformer(Config(**settings, architecture=architecture, attention=attention))
     for p in model.parameters():
         p.data += (0.1 if p.dim() == 1 else 0.2) * torch.randn_like(p)
     return model
@@ -38,12 +37,6 @@ def loss_of(model, idx):
     """The text's loss and, of the paper's kind, that of its estimate."""
     out = model(idx[:, :-1], idx[:, 1:])
     return out.loss if out.kl is None else out.loss + out.kl
-
-
-def gradients(model, idx):
-    model.zero_grad()
-    loss_of(model, idx).backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def text(T, B=2):
@@ -229,7 +222,9 @@ def test_download(tmp_path, monkeypatch, name, golden):
     (dict(attention="full"), "sea, paper, dense"), (dict(architecture="gpt"), "opt, llama"),
     (dict(n_head=3), "n_embd .* multiple of n_head"), (dict(n_kv_head=3), "n_kv_head"),
     (dict(n_layer=0), "n_layer is 0"), (dict(block_size=0), "block_size is 0"),
-    (dict(keys_per_query=-1), "keys_per_query is -1"), (dict(attention="paper", map_width=30), "multiple of 4"),
+    (dict(token_embd=-4), "token_embd is -4; .* 0 or more"), (dict(tied=1), "tied is 1; it must be bool"),
+    (dict(keys_per_query=-1), "keys_per_query is -1"),
+    (dict(attention="paper", map_width=30), "multiple of 4"),
     (dict(architecture="llama", n_head=32, n_kv_head=32), "even")])
 def test_wrong_settings(wrong, said):
     with pytest.raises(ValueError, match=said):
@@ -260,36 +255,19 @@ def test_loss_gradients_and_text_for_any_length(architecture, attention, T):
     out = model(text(T), text(T + 1)[:, 1:])
     assert out.logits.shape == (2, T, 256) and abs(out.loss.item() - math.log(256)) < 0.5
     assert (out.kl is not None) == (attention == "paper") and out.trace == []
-    found = gradients(model, text(T + 1))
-    assert all(x.isfinite().all() for x in found.values()) and found["embed_tokens.weight"].any()
+    loss_of(model, text(T + 1)).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert model.embed_tokens.weight.grad.any()
     written = model.eval().generate(text(T), 3, temperature=0.5, top_k=5)
     assert written.shape == (2, T + 3) and torch.equal(written[:, :T], text(T))
 
 
-@pytest.mark.parametrize("architecture, attention", KINDS)
-def test_a_model_can_be_copied_after_a_backward_pass(architecture, attention):
-    model = small_model(architecture, attention)
-    wanted = gradients(model, text(40))
+def test_a_copy_has_its_own_settings():
+    model = small_model()
+    before = model(text(40)).logits
     copied = copy.deepcopy(model)
-    copied.config.keys_per_query = 12
-    assert model.config.keys_per_query == 8 == model.layers[0].self_attn.attention.__dict__.get(
-        "config", model.config).keys_per_query
-    copied.config.keys_per_query = 8
-    found = gradients(copied, text(40))
-    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
-
-
-@pytest.mark.parametrize("architecture, attention", KINDS)
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointed_blocks_train_the_same(architecture, attention, use_reentrant):
-    model = small_model(architecture, attention)
-    wanted = gradients(model, text(40))
-    for block in model.layers:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=use_reentrant)
-    found = gradients(model, text(40))
-    assert wanted.keys() == found.keys()
-    for name in wanted:
-        torch.testing.assert_close(found[name], wanted[name], atol=1e-6, rtol=1e-5)
+    copied.config.keys_per_query = 40
+    assert torch.equal(model(text(40)).logits, before) and not torch.equal(copied(text(40)).logits, before)
 
 
 def test_the_papers_estimate_learns_from_the_teacher_that_it_is_given():
