@@ -91,9 +91,9 @@ class Layer(NamedTuple):
 
 
 # --------------------------------------------------------------------------------------------------
-# Kinds of attention: q (B, H, T, D), k and v (B, Hkv, T, D) -> (B, H, T, D), and a distance that
-# training lowers, or None. Some can also go on from kept keys and values, by new_cache and decode:
-# q (B, H, 1, D) of the token at position (1,) -> (B, H, 1, D), in constant shapes
+# Kinds of attention: q (B, H, T, D), k and v (B, Hkv, T, D) -> (B, H, T, D), and the distance from
+# a teacher's (q, k) that Paper learns by, or None. Some also go on from kept keys and values, by
+# new_cache and decode: q (B, H, 1, D) of the token at position (1,) -> (B, H, 1, D)
 
 class Attention(nn.Module):
     def __init__(self, config):

@@ -127,12 +127,12 @@ def block_scores(q, block_moments, block_size, first_row=0):
     B, H, R, D = q.shape
     HKV, W = block_moments.shape[1:3]
     q = q.to(block_moments.dtype)
-    features = torch.cat((q, q * q), -1)                                         # (B, H, R, 2D)
-    features = features.view(B, HKV, -1, 2 * D)     # rows of all the heads that share a head of k
+    # Heads of q that share a head of k become further rows of one product.
+    features = torch.cat((q, q * q), -1).view(B, HKV, -1, 2 * D)          # (B, Hkv, H / Hkv R, 2D)
     with torch.autocast(q.device.type, enabled=False):              # small differences decide
         scores = (features @ block_moments.mT).view(B, H, R, W)
     block = torch.arange(W, device=q.device)
-    future = block >= own_block(q.shape[2], first_row, block_size, q.device)     # (R, W)
+    future = block >= own_block(R, first_row, block_size, q.device)              # (R, W)
     return scores.masked_fill(future, -torch.inf)
 
 
