@@ -329,7 +329,8 @@ class Transformer(nn.Module):
     def forward(self, idx, targets=None, teacher=None, trace=False):
         x, rotary = self.embed(idx)                                              # (B, T, C)
 
-        kls, layers = [], []
+        kls = []
+        layers = []
         for block, queries_keys in zip(self.layers, teacher or [None] * len(self.layers)):
             x, *seen, kl = block(x, rotary, queries_keys)
             if kl is not None:

@@ -179,6 +179,17 @@ def test_other_attentions_keep_the_published_weights(name, attention):
     assert all(p.grad.isfinite().all() for name, p in model.named_parameters() if "attention." not in name)
 
 
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_another_attention_takes_over_all_weights_that_it_has(attention):
+    paper = small_model("llama", "paper", tied=False)
+    model = paper.with_attention(attention, keys_per_query=4)
+    assert (model.config.attention, model.config.keys_per_query) == (attention, 4)
+    weights, theirs = model.state_dict(), paper.state_dict()
+    shared = {name for name in theirs if attention == "paper" or ".attention." not in name}
+    assert shared <= weights.keys() and all(torch.equal(weights[name], theirs[name]) for name in shared)
+    assert not any(weights[name].data_ptr() == theirs[name].data_ptr() for name in shared)
+
+
 @pytest.mark.parametrize("name", FOLDERS)
 def test_sea_that_covers_the_past_is_its_teacher(name):
     expected = torch.load(GOLDEN / name / "expected.pt")
