@@ -176,7 +176,8 @@ def load_teacher(args):
     tokens, held_out, meta = train.open_data(args, args.eval_only or "val")
     if meta["tokenizer"] != tokenizer or meta["vocab_size"] > teacher.config.vocab_size:
         fail(f"data/{args.data} is written in {meta['tokenizer']} tokens and the teacher reads "
-             f"{tokenizer}; prepare it with --tokenizer {tokenizer}, or take another --data")
+             f"{tokenizer}; prepare it with --tokenizer {tokenizer} --overwrite, or take "
+             "another --data")
     teacher.set_context(args.context)
     return teacher, tokenizer, tokens, held_out
 

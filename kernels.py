@@ -503,9 +503,7 @@ def launch(q, k, scale, block_size, blocks, sums, count):
     B, H, R, D = q.shape
     lists = listed(Lists(blocks, sums, count))
     sizes = lists, scale, k.shape[2], R, H, k.shape[1]
-    warps = 1 if D <= 64 else 4                                     # one has too few registers then
-    options = dict(D=D, S=block_size, M=ATTENDING, KEYS=32, num_warps=warps)
-    return (cdiv(R, ATTENDING), B * H), sizes, options
+    return (cdiv(R, ATTENDING), B * H), sizes, dict(D=D, S=block_size, M=ATTENDING, KEYS=32)
 
 
 def attend_outputs(q, *rest):
@@ -517,7 +515,8 @@ def attend_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, block_size: in
                    sums: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     out, lse = attend_outputs(q)
     grid, sizes, options = launch(q, k, scale, block_size, blocks, sums, count)
-    attend_kernel[grid](strided(q), strided(k), strided(v), strided(out), lse, *sizes, **options)
+    attend_kernel[grid](strided(q), strided(k), strided(v), strided(out), lse, *sizes,
+                        **options, num_warps=1)
     return out, lse
 
 
@@ -532,7 +531,8 @@ def attend_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, 
     tensors = [strided(x) for x in (q, k, v, out)]
     gradients = [strided(x) for x in (dense_rows(dout), dq, dk, dv)]
     grid, sizes, options = launch(q, k, scale, block_size, blocks, sums, count)
-    attend_backward_kernel[grid](*tensors, lse, *gradients, *sizes, **options)
+    warps = 1 if q.shape[3] <= 64 else 2                            # one has too few registers then
+    attend_backward_kernel[grid](*tensors, lse, *gradients, *sizes, **options, num_warps=warps)
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 

@@ -168,7 +168,6 @@ def training_step(args, T, add):
         ms = do_bench(step, warmup=200, rep=600, return_mode="median")
         base = base or ms
         add(f"step, {attention}", T, S, K, "both", ms, base / ms, extra_mib(step))
-        del model
         torch.compiler.reset()
 
 

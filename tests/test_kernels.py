@@ -57,17 +57,19 @@ def check(function, reference, inputs, bound):
 
 @pytest.mark.parametrize("name", ["sea_attention", "attend"])
 def test_torch_compile_takes_it_whole(name):
-    """One graph forward, one backward, and the results of the plain call."""
-    inputs = [x.requires_grad_() for x in heads(1, 2, 1, 20, 16)]
-    chosen = torch.ones(1, 2, 20, 5, dtype=torch.bool, device=DEVICE)
-
+    """In one graph, at a second length, too, and with the results of the plain call."""
     def f(q, k, v):
+        chosen = torch.ones(1, 2, q.shape[2], q.shape[2] // 4, dtype=torch.bool, device=DEVICE)
         return getattr(kernels, name)(q * 2, k, v, *((4, 8, 2) if name == "sea_attention" else (chosen, 4)))
-    out = f(*inputs)
-    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")(*inputs)
-    assert error(compiled, out) < 1e-6
-    for x, y in zip(torch.autograd.grad(compiled.sum(), inputs), torch.autograd.grad(out.sum(), inputs)):
-        assert error(x, y) < 1e-6
+
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    for T in 20, 27:
+        inputs = [x.requires_grad_() for x in heads(1, 2, 1, T, 16)]
+        out = f(*inputs)
+        once_more = compiled(*inputs)
+        assert error(once_more, out) < 1e-6
+        for x, y in zip(torch.autograd.grad(once_more.sum(), inputs), torch.autograd.grad(out.sum(), inputs)):
+            assert error(x, y) < 1e-6
 
 
 # ---- a token

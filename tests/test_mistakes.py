@@ -118,7 +118,7 @@ def test_every_flag_with_every_wrong_value(name, run, folder, monkeypatch):
         if flag != "--eval-only":
             assert_mistake(run, folder, name, flag)                          # its value is missing
     works = [(flag, "0") for flag in kinds[int] + kinds[float]
-             if flag in ZERO_WORKS or flag in kinds[float] and flag != "--weights"]
+             if flag in ZERO_WORKS or flag in kinds[float]]
     works += [(flag, HUGE[0]) for flag in kinds[int] if flag in HUGE_WORKS]
     for flag, value in works:
         assert run(name, flag, value)[0] == 0, (flag, value)
@@ -138,7 +138,7 @@ def test_every_flag_with_every_wrong_value(name, run, folder, monkeypatch):
     ("distill", "--teacher nothing.pt", "no checkpoint"), ("distill", "--teacher nothing", "facebook/opt-1"),
     ("distill", "--teacher data", "config.json"), ("distill", "--context 1000000000", "context"),
     ("distill", "--batch-size 1000000000", "GiB"), ("distill", "--eval-only test", "no test split"),
-    ("distill", "--teacher sea.pt", "must be dense"), ("distill", "--weights 1 2", "--weights"),
+    ("distill", "--teacher sea.pt", "must be dense"),
     ("sample", "--checkpoint nothing.pt", "no checkpoint"), ("sample", "--checkpoint data", "config.json"),
     ("sample", "--checkpoint " + "x" * 300, "too long"), ("sample", "--checkpoint " + "x" * 300 + ".pt", "no check"),
     ("sample", "--page a.html --checkpoint dense.pt", "dense"),
@@ -283,7 +283,7 @@ def test_random_combinations_end_in_0_or_in_one_line(run, folder, monkeypatch):
         name = chance.choice(list(MODULES))
         drawn = [(chance.choice(all_flags[name]), chance.choice(VALUES)) for _ in range(chance.randint(1, 3))]
         more = [f"{flag}={value}" for flag, value in drawn]
-        more = [flag for flag in more if not flag.startswith(("--out", "--page=", "-h", "--weights", "--eval-only=val"))]
+        more = [flag for flag in more if not flag.startswith(("--out", "--page=", "-h", "--eval-only=val"))]
         before = content(folder)
         status, err = run(name, *more)
         assert status in ends, (name, more, status)
@@ -423,7 +423,6 @@ def test_links(run, folder):
     # What a folder holds may be links: they are replaced, what they lead to stays.
     Path("out").mkdir()
     os.symlink(Path("kept.txt").resolve(), "out/ckpt.pt")
-    os.symlink(Path("kept.txt").resolve(), "out/log.csv")
     os.symlink(Path("kept.txt").resolve(), "out/lock")
     assert run("train", "--out", "out")[0] == 0
     assert Path("kept.txt").read_text() == "kept" and not Path("out/ckpt.pt").is_symlink()

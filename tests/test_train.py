@@ -1,7 +1,6 @@
 """Training: models learn, steps are what they should be, and what goes wrong is said in one line."""
 import argparse
 import math
-import subprocess
 import sys
 import typing
 from contextlib import nullcontext
@@ -295,14 +294,3 @@ def test_text_ends_at_the_end_of_text(data_folder, monkeypatch, capsys):
     _, part, _ = run(sample, line, monkeypatch, capsys)
     assert part == whole[:whole.index(chr(enc.eot), 2)] + "\n" and len(part) < len(whole)
     assert said.count("tokens/s") == 1
-
-
-@pytest.mark.parametrize("command, wanted", [("head -c 3", "def"), ("cat", "defé")])
-def test_stdout_of_any_kind(command, wanted, data_folder):
-    """A reader that has seen enough, and an encoding without most characters: no noise on stderr."""
-    engine.save_checkpoint(Path("ckpt.pt"), small_model(context=32), tokenizer="bytes", data="tiny")
-    script = Path(train.__file__).with_name("sample.py")
-    line = f"{sys.executable} {script} --checkpoint ckpt.pt --max-new-tokens 60 --prompt defé | {command}"
-    done = subprocess.run(line, shell=True, capture_output=True, env=dict(PYTHONIOENCODING="cp1252"))
-    assert done.stdout.decode("cp1252", errors="replace").startswith(wanted)
-    assert b"Traceback" not in done.stderr and b"Exception" not in done.stderr
