@@ -4,9 +4,11 @@ Draw the pictures of README.md, and make the tables of speed of README.md and RE
     python assets/figures.py --table assets/bench.csv             print the tables
     python assets/figures.py --table assets/bench.csv --write     put them into both files
     python assets/figures.py --bench assets/bench.csv             draw assets/speed.png
+    python assets/figures.py --mass assets/mass.csv               draw assets/mass.png
     python assets/figures.py --checkpoint data/smollm2            draw assets/sea.png
 
-bench.csv is what tests/bench.py measured. Pictures need one more package: pip install matplotlib.
+bench.csv is what tests/bench.py measured, mass.csv what tests/ablate.py --mass did. Pictures need one
+more package: pip install matplotlib.
 """
 import argparse
 import csv
@@ -19,8 +21,8 @@ HERE = Path(__file__).resolve().parent
 SETTINGS = ("8", "48"), ("8", "240"), ("16", "64")               # S, K
 STAGES = "moments", "first look", "second look", "attend"
 # Perplexity of SmolLM2-135M under a setting, untrained, T = 2048: RESULTS.md, "Quality"
-QUALITY = {("8", "48"): "perplexity 21.51", ("8", "240"): "perplexity 19.73",
-           ("16", "64"): "with K 48: perplexity 21.71"}
+QUALITY = {("8", "48"): "20.08", ("8", "240"): "18.79", ("16", "64"): "19.68"}
+DENSE_QUALITY = "18.49"
 # x times dense that were hoped for: pass, S, K, then {T: x}
 LENGTHS = [2 ** i for i in range(11, 18)]
 GOALS = {("forward", "8", "48"): dict(zip(LENGTHS, (0.35, 0.7, 1.1, 2, 3.5, 6.5, 11))),
@@ -43,6 +45,7 @@ def parse_arguments():
     parser.add_argument("--table", metavar="CSV", help="print the tables of a bench.csv")
     parser.add_argument("--write", action="store_true", help="with --table: change the files")
     parser.add_argument("--bench", metavar="CSV", help="draw speed.png")
+    parser.add_argument("--mass", metavar="CSV", help="draw mass.png")
     parser.add_argument("--checkpoint", help="draw sea.png: a checkpoint or a hub's folder")
     parser.add_argument("--tokens", type=int, default=384, help="of held-out text (default: 384)")
     parser.add_argument("--layer", type=int, default=10, help="to draw, from 0 (default: 10)")
@@ -233,7 +236,7 @@ def draw_speed(b, path):
         axis.axhline(1, color="#5c5c5c", lw=1.5)
         for (S, K), color in zip(SETTINGS, (STOPS[5], STOPS[3], "#c9a227")):
             x = [b.times(T, S, K, kind) for T in b.lengths]
-            label = f"S {S}, K {K} ({QUALITY[S, K]})"
+            label = f"S {S}, K {K} (perplexity {QUALITY[S, K]})"
             axis.plot(b.lengths, x, "o-", ms=4, color=color, label=label)
             if (S, K) == SETTINGS[0]:
                 for T, y in list(zip(b.lengths, x))[::2]:
@@ -246,10 +249,30 @@ def draw_speed(b, path):
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("times faster than dense attention")
-    axes[0].text(b.lengths[-1], 0.95, "dense (perplexity 19.40)", ha="right", va="top")
+    axes[0].text(b.lengths[-1], 0.95, f"dense (perplexity {DENSE_QUALITY})", ha="right", va="top")
     axes[0].legend(frameon=False, title="SmolLM2-135M, no training, T = 2k", loc="upper left",
                    alignment="left")
     figure.savefig(path, dpi=160)
+
+
+def draw_mass(path_csv, path):
+    """How much of dense attention is on the keys that SEA reads, by layer and head."""
+    kept = {}
+    for row in csv.DictReader(open(path_csv, newline="")):
+        kept[int(row["head"]), int(row["layer"])] = float(row["mass"])
+    heads, layers = [1 + max(places) for places in zip(*kept)]
+    picture = [[kept[head, layer] for layer in range(layers)] for head in range(heads)]
+    figure, axis = pyplot().subplots(figsize=(11, 3.6), layout="constrained")
+    image = axis.imshow(picture, vmin=0, vmax=1, cmap=shades())
+    axis.set(xlabel="layer", ylabel="head", xticks=range(layers), yticks=range(heads))
+    bar = figure.colorbar(image, ax=axis, ticks=[0, 0.25, 0.5, 0.75, 1], pad=0.015)
+    bar.ax.set_yticklabels(["0", "25 %", "50 %", "75 %", "100 %"])
+    figure.savefig(path, dpi=130)
+
+
+def shades():
+    from matplotlib.colors import LinearSegmentedColormap
+    return LinearSegmentedColormap.from_list("sea", STOPS)
 
 
 def panels_of(args):
@@ -270,7 +293,7 @@ def panels_of(args):
 def draw_attention(panels, S, path):
     """Four panels side by side; white is what a query cannot see or does not estimate."""
     import torch
-    from matplotlib.colors import LinearSegmentedColormap, PowerNorm
+    from matplotlib.colors import PowerNorm
     estimate, mask, used, dense = panels
     T = len(mask)
     query, key = torch.arange(T)[:, None], torch.arange(T)
@@ -281,10 +304,9 @@ def draw_attention(panels, S, path):
               ("3  attend", "softmax over those keys", used, seen),
               ("dense, to compare", f"{100 * kept:.0f} % of it is on those keys", dense, seen)]
     figure, axes = pyplot().subplots(1, 4, figsize=(11, 3.5), sharey=True, layout="constrained")
-    shades = LinearSegmentedColormap.from_list("sea", STOPS)
     for axis, (title, note, picture, shown) in zip(axes, titles):
         picture = picture.masked_fill(~shown, torch.nan)
-        image = axis.imshow(picture, norm=PowerNorm(1 / 3, 0, 0.25, clip=True), cmap=shades,
+        image = axis.imshow(picture, norm=PowerNorm(1 / 3, 0, 0.25, clip=True), cmap=shades(),
                             interpolation="nearest")
         axis.set_title(title, fontsize=14, fontweight="bold", loc="left", pad=23)
         axis.text(0, 1.03, note, transform=axis.transAxes)
@@ -306,6 +328,8 @@ def main():
                 path.write_text(put(made, path.read_text(encoding="utf-8")), encoding="utf-8")
     if args.bench:
         draw_speed(Bench(args.bench), HERE / "speed.png")
+    if args.mass:
+        draw_mass(args.mass, HERE / "mass.png")
     if args.checkpoint:
         draw_attention(*panels_of(args), HERE / "sea.png")
 
