@@ -91,8 +91,8 @@ def distance(ours, theirs, what):
 @torch.no_grad()
 def keys_and_mass(model, tokens):
     """Keys that a query attends to, and their share of the dense attention's mass: means over the
-    layers, heads and queries of the first window. None, None of attentions that choose no keys by
-    themselves."""
+    layers, heads and queries of the first window. None, None of other kinds than sea and
+    window."""
     c = model.config
     if c.attention not in ("sea", "window"):
         return None, None
@@ -119,7 +119,7 @@ def describe(name, model, tokens, args, precision):
         loss = evaluate(model, tokens, args.batch_size, args.eval_windows, precision)
     with precision:
         keys, mass = keys_and_mass(model.eval(), tokens)
-    kept = f"keys_per_query {keys:.1f} mass_kept {mass:.3f} " if keys else ""
+    kept = f"keys_attended {keys:.1f} mass_kept {mass:.3f} " if keys else ""
     engine.say(f"{name}: loss {loss:.4f} ppl {perplexity(loss):.3f} {kept}")
     return loss, kept
 

@@ -1,11 +1,13 @@
 """
-SEA in Triton: sea_attention and attend, with the names, signatures and results of sea.py.
+SEA in Triton: sea_attention, attend and decode, with the signatures of sea.py and its results up
+to rounding. What lies under them shares names with it, not signatures.
 
     moments    a program for a coarse block: mean and half variance of its blocks and of itself
     choose     a program for 64 queries over all coarse blocks, then, for 16 over the blocks inside
                the best of those: the n best of each query. Where there are few, at once over all
     attend     a program for 16 queries reads the blocks that any of them chose; each query attends
                to its own choice and its own block
+    append, glance, decode    a token of generation, from a cache
 
 What neighbouring queries choose is written as one list of blocks, each with a bit for every query
 that chose it. Nothing T x W is stored, and only speed depends on how many queries share a list.
@@ -21,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 INTERPRETED = triton.knobs.runtime.interpret
-UPCAST = tl.constexpr(INTERPRETED)
+IN_INTERPRETER = tl.constexpr(INTERPRETED)
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-2 ** 31)
 HIGHEST = tl.constexpr(2 ** 31 - 1)
@@ -40,9 +42,13 @@ def operator(outputs):
     outputs: a function of the same arguments that makes its outputs, empty.
     """
     def register(function):
+        def launches(x, *rest):
+            with torch.cuda.device_of(x):           # Triton launches on the current device
+                return function(x, *rest)
+
         schema = torch.library.infer_schema(function, mutates_args=())
         library.define(function.__name__ + schema)
-        library.impl(function.__name__, function, "CompositeExplicitAutograd")
+        library.impl(function.__name__, launches, "CompositeExplicitAutograd")
         torch.library.register_fake("nanosea::" + function.__name__, outputs, lib=library)
         return getattr(torch.ops.nanosea, function.__name__).default
     return register
@@ -93,12 +99,13 @@ def add(x, value, b, h, row, real, D: tl.constexpr):
 @triton.jit
 def dot(x, y, acc=None):
     """x y + acc in float32, of float32 inputs to the last bit: tf32 would keep 10 bits of them."""
-    if UPCAST:                             # the interpreter would multiply bfloat16's bits
+    if IN_INTERPRETER:                     # it would multiply bfloat16's bits
         x = x.to(tl.float32)
         y = y.to(tl.float32)
     return tl.dot(x, y, acc, input_precision="ieee")
 
 
+# In plain Python: sizes may be symbolic, and Triton's own are slow to call.
 def cdiv(n, m):
     return -(-n // m)
 
@@ -124,7 +131,7 @@ def entries(lists, base, count, entry, first_own):
 
 
 def listed(lists):
-    """Lists as the kernels take them: the three tensors, how many a head has, and their room."""
+    """Lists as the kernels take them: blocks, sums, count, lists of a head, room of each."""
     return *lists, lists.blocks.shape[2], lists.blocks.shape[3]
 
 
@@ -178,8 +185,9 @@ def moments(k, block_size, coarse):
     wide = k.new_empty(B, HKV, T // (block_size * coarse), 2 * D)
     if fine.shape[2]:
         grid = cdiv(fine.shape[2], coarse), B * HKV
-        moments_kernel[grid](strided(k), strided(fine), strided(wide), T, HKV,
-                             D=D, S=block_size, Z=coarse, num_warps=1)
+        with torch.cuda.device_of(k):
+            moments_kernel[grid](strided(k), strided(fine), strided(wide), T, HKV,
+                                 D=D, S=block_size, Z=coarse, num_warps=1)
     return fine, wide
 
 
@@ -202,7 +210,7 @@ def moments(k, block_size, coarse):
 @triton.jit
 def columns_of(look, column, Z: tl.constexpr):
     """Blocks (C,) behind columns, and which of them the queries look at (M, C)."""
-    near, base, count, first_wide, own, query_bit = look[5:]
+    near, base, count, first_wide, own, query_bit = look[5:]        # see choose_kernel
     if near is None:
         block = column
         seen = (column >= 0)[None, :]
@@ -217,7 +225,7 @@ def columns_of(look, column, Z: tl.constexpr):
 @triton.jit
 def ordered(scores):
     """Integers in the order of float32 scores, NaN highest."""
-    if UPCAST:                             # a GPU makes no negative NaN
+    if IN_INTERPRETER:                     # a GPU makes no negative NaN
         scores = tl.where(scores == scores, scores, float("nan"))
     bits = scores.to(tl.int32, bitcast=True)
     return bits ^ (bits >> 31 & HIGHEST)
@@ -230,6 +238,7 @@ def ranked(look, column, grain, low, edge, D: tl.constexpr, Z: tl.constexpr):
     At an edge, where not all blocks are rivals, LOWEST stands for those that are not.
     """
     q1, q2, moments, head, W = look[:5]
+    own = look[9]
     block, seen = columns_of(look, column, Z)
     address, real = addresses(moments, head[0], head[1], block, D)
     real = (block < W)[:, None] & real
@@ -238,7 +247,7 @@ def ranked(look, column, grain, low, edge, D: tl.constexpr, Z: tl.constexpr):
     scores = dot(q2, tl.trans(half), dot(q1, tl.trans(mean)))       # (M, C)
     x = ordered(scores) & -grain | low
     if edge:
-        x = tl.where(seen & (block > 0)[None, :] & (block[None, :] < look[9] - 1), x, LOWEST)
+        x = tl.where(seen & (block > 0)[None, :] & (block[None, :] < own - 1), x, LOWEST)
     return x
 
 
@@ -332,11 +341,11 @@ def choose_kernel(q, moments, near, out, scale, T, R, W, n, grain, H, HKV, D: tl
     b = tl.program_id(1) // H
     h = tl.program_id(1) % H
     row = g * M + tl.arange(0, M)
-    own = tl.where(row < R, (T - R + row) // S, -1)[:, None]        # (M, 1)
+    own = tl.where(row < R, (T - R + row) // S, -1)[:, None]        # (M, 1), -1: no row
     exact = load(q, b, h, row, row < R, D).to(tl.float32) * scale   # (M, D)
     q1 = exact.to(q[0].dtype.element_ty)
     q2 = (exact * exact).to(q[0].dtype.element_ty)
-    query_bit = (1 << tl.arange(0, M) % 32).to(tl.int32)
+    query_bit = (1 << tl.arange(0, M) % 32).to(tl.int32)            # read with near, where M is 16
     head = b, h // (H // HKV)
 
     first_wide = (T - R + g * M) // S // Z
@@ -393,9 +402,11 @@ def choose(q, moments, T, block_size, n, scale, rows, tile, near=None, coarse=1)
     n = min(n, cdiv(T, block_size))
     lists = new_lists(q, T, block_size, n, rows, tile)
     slots = 32 if rows == LOOKING else 16
-    columns = cdiv(T, block_size) + rows + 2 * coarse               # listed, and own of others
+    columns = near.blocks.shape[3] * coarse if near else cdiv(T, block_size)
+    columns += rows + 2 * coarse                                    # own blocks, which no list has
     grain = max(32, power_of_2(cdiv(columns, slots)))
-    depth = 5 if n <= 8 else 7 if n <= 16 else 9 if n <= 32 else 0  # insertion is rare then
+    # So deep that insertion is rare; 0: insertion alone.
+    depth = 5 if n <= 8 else 7 if n <= 16 else 9 if n <= 32 else 0
     choose_kernel[cdiv(R, rows), B * H](
         strided(q), strided(moments), near and listed(near), listed(lists), scale, T, R,
         moments.shape[2], n, grain, H, moments.shape[1], D=D, S=block_size, Z=coarse,
@@ -427,20 +438,21 @@ def tile_of(lists, T, R, H, HKV, S: tl.constexpr, M: tl.constexpr):
     row = g * M + tl.arange(0, M)
     tile = tl.program_id(1) * lists[3] + g
     count = tl.load(lists[2] + tile)
-    own = (T - R + g * M) // S                                      # the first of those blocks
-    owns = tl.minimum(T - R + g * M + M - 1, T - 1) // S - own + 1  # and how many they are
-    return b, h, h // (H // HKV), row, tile, count, own, owns
+    first_own = (T - R + g * M) // S
+    last_own = tl.minimum(T - R + g * M + M - 1, T - 1) // S
+    n_own = last_own - first_own + 1
+    return b, h, h // (H // HKV), row, tile, count, first_own, n_own
 
 
 @triton.jit
-def keys_of(lists, tile, count, start, row, own, owns, T,
+def keys_of(lists, tile, count, start, row, first_own, n_own, T,
             S: tl.constexpr, M: tl.constexpr, KEYS: tl.constexpr):
     """KEYS keys of a list, which of them are real, and which query attends to which (M, KEYS)."""
     i = start + tl.arange(0, KEYS)
     entry = i // S
-    block, bits = entries(lists, tile.to(tl.int64) * lists[4], count, entry, own)
+    block, bits = entries(lists, tile.to(tl.int64) * lists[4], count, entry, first_own)
     key = block * S + i % S
-    real = (entry < count + owns) & (key < T)
+    real = (entry < count + n_own) & (key < T)
     chosen = (bits[None, :] >> tl.arange(0, M)[:, None] & 1) != 0
     lies_in = (entry >= count)[None, :] & (block[None, :] == (row // S)[:, None])
     return key, real, (chosen | lies_in) & (key[None, :] <= row[:, None])
@@ -449,14 +461,15 @@ def keys_of(lists, tile, count, start, row, own, owns, T,
 @triton.jit
 def attend_kernel(q, k, v, out, lse, lists, scale, T, R, H, HKV,
                   D: tl.constexpr, S: tl.constexpr, M: tl.constexpr, KEYS: tl.constexpr):
-    b, h, kv, row, tile, count, own, owns = tile_of(lists, T, R, H, HKV, S, M)
+    b, h, kv, row, tile, count, first_own, n_own = tile_of(lists, T, R, H, HKV, S, M)
     q_tile = load(q, b, h, row, row < R, D)                         # (M, D)
 
     m_i = tl.full([M], -1e30, tl.float32)                           # some see no key at first
     l_i = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, padded(D)], tl.float32)
-    for start in range(0, (count + owns) * S, KEYS):
-        key, real, mine = keys_of(lists, tile, count, start, T - R + row, own, owns, T, S, M, KEYS)
+    for start in range(0, (count + n_own) * S, KEYS):
+        key, real, mine = keys_of(lists, tile, count, start, T - R + row, first_own, n_own, T,
+                                  S, M, KEYS)
         k_tile = load(k, b, kv, key, real, D)                       # (KEYS, D)
         v_tile = load(v, b, kv, key, real, D)
         scores = dot(q_tile, tl.trans(k_tile)) * (scale * LOG2E)    # (M, KEYS)
@@ -476,15 +489,16 @@ def attend_kernel(q, k, v, out, lse, lists, scale, T, R, H, HKV,
 @triton.jit
 def attend_backward_kernel(q, k, v, out, lse, dout, dq, dk, dv, lists, scale, T, R, H, HKV,
                            D: tl.constexpr, S: tl.constexpr, M: tl.constexpr, KEYS: tl.constexpr):
-    b, h, kv, row, tile, count, own, owns = tile_of(lists, T, R, H, HKV, S, M)
+    b, h, kv, row, tile, count, first_own, n_own = tile_of(lists, T, R, H, HKV, S, M)
     q_tile = load(q, b, h, row, row < R, D)                         # (M, D)
     dout_tile = load(dout, b, h, row, row < R, D)
     lse_tile = tl.load(lse + tl.program_id(1).to(tl.int64) * R + row, mask=row < R, other=0)
     delta = tl.sum(dout_tile.to(tl.float32) * load(out, b, h, row, row < R, D).to(tl.float32), 1)
 
     acc = tl.zeros([M, padded(D)], tl.float32)
-    for start in range(0, (count + owns) * S, KEYS):
-        key, real, mine = keys_of(lists, tile, count, start, T - R + row, own, owns, T, S, M, KEYS)
+    for start in range(0, (count + n_own) * S, KEYS):
+        key, real, mine = keys_of(lists, tile, count, start, T - R + row, first_own, n_own, T,
+                                  S, M, KEYS)
         k_tile = load(k, b, kv, key, real, D)                       # (KEYS, D)
         v_tile = load(v, b, kv, key, real, D)
         scores = dot(q_tile, tl.trans(k_tile)) * (scale * LOG2E)    # (M, KEYS)
@@ -578,11 +592,14 @@ def checked(q, k, v):
             raise ValueError(f"{name} is on {x.device}; the kernels need all on one CUDA device")
         if x.dtype != q.dtype or x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
             raise ValueError(f"{name} is {x.dtype}; q, k, v must be bfloat16, float16 or float32")
-    if v.shape != k.shape or q.shape[1] % k.shape[1] or q.shape[2] > k.shape[2]:
+    same = (q.shape[0], q.shape[3]) == (k.shape[0], k.shape[3]) and v.shape == k.shape
+    if not same or q.shape[1] % k.shape[1] or q.shape[2] > k.shape[2]:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit")
     if q.shape[3] % 8 or not 8 <= q.shape[3] <= 128:
         raise ValueError(f"the width of a head is {q.shape[3]}, not a multiple of 8 up to 128; "
                          "sea.use_kernels(False) takes any")
+    if q.shape[0] * q.shape[1] > 65535:
+        raise ValueError(f"B H is {q.shape[0] * q.shape[1]}; the kernels take up to 65,535")
     return dense_rows(q), dense_rows(k), dense_rows(v)
 
 
@@ -745,11 +762,12 @@ def decode_kernel(q, k, v, fine, scores, out, position, scale, W, n, n_wide, H, 
 
 
 def append(cache, k, v, position):
-    """sea.Cache.append: keep k, v (B, Hkv, 1, D) of the token at position (1,)."""
+    """sea.Cache.append: keep k, v (B, Hkv, 1, D) of the token at position (1,), less than room."""
     B, HKV, _, D = k.shape
-    tensors = k, v, cache.k, cache.v, cache.moments, cache.wide_moments
-    append_kernel[B * HKV,](*[strided(dense_rows(x)) for x in tensors], position, HKV,
-                            D=D, S=cache.block_size, Z=cache.coarse, num_warps=1)
+    tensors = dense_rows(k), dense_rows(v), cache.k, cache.v, cache.moments, cache.wide_moments
+    with torch.cuda.device_of(k):
+        append_kernel[B * HKV,](*[strided(x) for x in tensors], position, HKV,
+                                D=D, S=cache.block_size, Z=cache.coarse, num_warps=1)
 
 
 def decode(q, cache, position, keys_per_query=48, scale=None):
@@ -767,11 +785,12 @@ def decode(q, cache, position, keys_per_query=48, scale=None):
     warps = max(4, min(16, N * power_of_2(S) // 32))
     scores = q.new_empty(B, H, W, dtype=torch.int32)
     out = torch.empty_like(q)
-    glance_kernel[cdiv(W, 64), B * H](
-        strided(q), strided(cache.wide_moments), scores, position, scale, W, S * cache.coarse,
-        H, HKV, D=D, C=64, num_warps=4)
-    decode_kernel[B * H,](
-        strided(q), strided(k), strided(v), strided(cache.moments), scores, strided(out), position,
-        scale, W, n, n_wide, H, HKV, D=D, S=S, Z=cache.coarse, WIDE=power_of_2(W),
-        NEAR=power_of_2(n_wide + 3), N=N, num_warps=warps)
+    with torch.cuda.device_of(q):
+        glance_kernel[cdiv(W, 64), B * H](
+            strided(q), strided(cache.wide_moments), scores, position, scale, W, S * cache.coarse,
+            H, HKV, D=D, C=64, num_warps=4)
+        decode_kernel[B * H,](
+            strided(q), strided(k), strided(v), strided(cache.moments), scores, strided(out),
+            position, scale, W, n, n_wide, H, HKV, D=D, S=S, Z=cache.coarse, WIDE=power_of_2(W),
+            NEAR=power_of_2(n_wide + 3), N=N, num_warps=warps)
     return out

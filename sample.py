@@ -68,7 +68,7 @@ def load(args):
     if attention != model.config.attention:
         model = model.with_attention(attention)
     if args.keys_per_query:
-        model.config.keys_per_query = args.keys_per_query
+        model.config.keys_per_query = args.keys_per_query          # the layers share this object
     enc = engine.load_encoding(tokenizer, args.checkpoint)
     if enc.n_vocab > model.config.vocab_size:
         fail(f"{args.checkpoint} knows {model.config.vocab_size} tokens, its tokenizer has "

@@ -13,8 +13,8 @@ queries are the last R tokens. Block c holds the S keys from cS on; there are W 
 blocks, and query t lies in block t // S, its own.
 
 This file is the definition, in plain PyTorch: it computes every score and masks what is not
-chosen, so it is no faster than dense attention. kernels.py has sea_attention and attend once more,
-in Triton, with the same names, signatures and results, and skips that work.
+chosen, so it is no faster than dense attention. kernels.py has sea_attention, attend and
+decode once more, in Triton, with the same results up to rounding, and skips that work.
 """
 import importlib.util
 
@@ -45,8 +45,8 @@ def sea_attention(q, k, v, block_size=8, keys_per_query=48, coarse=8, scale=None
     """Causal attention of each query to the blocks of keys with the most estimated mass.
 
     q (B, H, R, D), k and v (B, Hkv, T, D) -> (B, H, R, D). keys_per_query: keys that a query
-    chooses, beside the first block, the one before its own, and its own. coarse: blocks in a coarse
-    block. scale: D ** -0.5 if None. A shape or a setting that cannot work is a ValueError.
+    chooses, in whole blocks, beside the first block, the one before its own, and its own. coarse:
+    blocks in a coarse block. scale: D ** -0.5 if None. What cannot work is a ValueError.
     """
     check(q, k, v, block_size, keys_per_query, coarse)
     if q.is_cuda and backend == "triton":
@@ -64,10 +64,11 @@ def sea_attention(q, k, v, block_size=8, keys_per_query=48, coarse=8, scale=None
 
 @torch.no_grad()
 def look_twice(q, k, block_size, keys_per_query, coarse):
-    """Choose coarse blocks, then blocks inside those, whose number does not grow with T.
+    """Choose coarse blocks, then blocks inside those: q (B, H, R, D), scaled, k (B, Hkv, T, D) ->
+    (B, H, R, W) bool.
 
-    q (B, H, R, D), scaled, k (B, Hkv, T, D) -> (B, H, R, W) bool. All T / (S coarse) coarse blocks
-    are scored, then as many blocks as fill those that were kept: much less than T / S.
+    kernels.py scores T / (S coarse) coarse blocks, then blocks whose number does not grow with T;
+    here all are scored, and masked.
     """
     fine = moments(k, block_size)                                                # (B, Hkv, W, 2D)
     wide = moments(k, block_size * coarse)
@@ -139,9 +140,9 @@ def block_scores(q, block_moments, block_size, first_row=0):
 def select(scores, block_size, n, first_row=0):
     """Block 0, the block before the own one, and beside these the n with the largest scores.
 
-    scores (B, H, R, W) must be -inf from the own block on; another that is -inf is taken only if it
-    is one of the first two -> (B, H, R, W) bool. Of equal scores the lower block wins, NaN is above
-    all numbers; all are taken if fewer than n remain.
+    scores (B, H, R, W), which must be -inf from the own block on -> (B, H, R, W) bool. A block of
+    score -inf is never one of the n. Of equal scores the lower block wins, NaN is above all
+    numbers; all are taken if fewer than n remain.
     """
     R, W = scores.shape[2:]
     block = torch.arange(W, device=scores.device)
@@ -206,12 +207,14 @@ def check(q, k, v, block_size, keys_per_query, coarse=1):
 # One token at a time
 
 class KeysAndValues:
-    """Those of a layer's tokens so far, k, v (B, Hkv, T, D), and zeros where more have room."""
+    """k, v (B, Hkv, T, D) of a layer's tokens so far, then zeros up to `room` tokens."""
 
     def __init__(self, k, v, room):
         rest = room - k.shape[2]
-        self.k = F.pad(k, (0, 0, 0, rest))                          # (B, Hkv, room, D)
-        self.v = F.pad(v, (0, 0, 0, rest))
+        if rest < 0:
+            raise ValueError(f"room is {room}, and there are {k.shape[2]} tokens already")
+        self.k = F.pad(k, (0, 0, 0, rest)).contiguous()             # (B, Hkv, room, D)
+        self.v = F.pad(v, (0, 0, 0, rest)).contiguous()
 
     def append(self, k, v, position):
         """Keep k, v (B, Hkv, 1, D) of the token at position (1,)."""

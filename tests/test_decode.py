@@ -74,6 +74,11 @@ def test_after_a_prompt_in_float32(kind, prompt):
     assert (token_by_token(model, idx, prompt) - full).abs().max() < 1e-4
 
 
+def test_room_for_fewer_tokens_than_there_are():
+    with pytest.raises(ValueError, match="room is 9, and there are 10"):
+        sea.Cache(*torch.randn(2, 1, 1, 10, 16), room=9, block_size=3, coarse=1)
+
+
 @pytest.mark.parametrize("kept", ["k", "v", "moments", "wide_moments"])
 def test_all_that_a_layer_keeps_is_needed(kept):
     """What the tests above would say if the cache lost one thing between two tokens."""

@@ -186,7 +186,7 @@ def test_distil_then_evaluate(folder, teacher, monkeypatch, capsys):
     status, out, _ = run(line, monkeypatch, capsys)
     said = final(out)
     assert status == 0 and "torch backend" in out
-    assert {"val_ppl", "teacher_ppl", "ppl_before", "keys_per_query", "mass_kept", "peak_gib"} <= said.keys()
+    assert {"val_ppl", "teacher_ppl", "ppl_before", "keys_attended", "mass_kept", "peak_gib"} <= said.keys()
     again = "--eval-only {} --teacher out/ckpt.pt --eval-windows 5 --batch-size 4"
     results = {more: final(run(again.format(more), monkeypatch, capsys)[1])
                for more in ("", "--keys-per-query 16", "test", "--attention dense")}
