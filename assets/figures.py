@@ -7,8 +7,8 @@ Draw the pictures of README.md, and make the tables of speed of README.md and RE
     python assets/figures.py --mass assets/mass.csv               draw assets/mass.png
     python assets/figures.py --checkpoint data/smollm2            draw assets/sea.png
 
-bench.csv is what tests/bench.py measured, mass.csv what tests/ablate.py --mass did. Pictures need one
-more package: pip install matplotlib.
+bench.csv is what tests/bench.py measured, mass.csv what tests/ablate.py --mass did. Pictures need
+one more package: pip install matplotlib.
 """
 import argparse
 import csv
