@@ -24,6 +24,7 @@ import sea
 import train
 from data import engine
 from data.common import Parser, fail, number, one_line
+from model import CHOOSING
 from train import evaluate, perplexity
 
 PRESETS = {       # of teachers that train.py made
@@ -99,6 +100,7 @@ def keys_and_mass(model, tokens):
     idx = torch.from_numpy(tokens[:min(c.context, MOST_ROWS)].astype("int64"))[None]     # (1, T)
     idx = idx.to(next(model.parameters()).device)
     position = torch.arange(idx.shape[1], device=idx.device)
+    past = position <= position[:, None]                                         # (T, T)
     keys = mass = 0.
     for block, layer in zip(model.layers, model(idx, trace=True).trace):
         if c.attention == "sea":
@@ -106,8 +108,7 @@ def keys_and_mass(model, tokens):
                                                  c.coarse)                       # (B, H, T, T)
         else:
             mask = block.self_attn.attention.mask(position[:, None], position)
-        # With a budget of all keys it is dense.
-        *_, dense = sea.estimated_attention(layer.q, layer.k, c.block_size, len(position), c.coarse)
+        dense = sea.attention_to(past, layer.q * c.head_dim ** -0.5, layer.k)    # (B, H, T, T)
         keys += mask.sum(-1).float().mean().item() / c.n_layer
         mass += (dense * mask).sum(-1).mean().item() / c.n_layer
     return keys, mass
@@ -191,7 +192,7 @@ def make_student(teacher, args):
     args.attention = args.attention or ("sea" if dense else teacher.config.attention)
     settings = {name: getattr(args, name) for name in ("block_size", "keys_per_query")
                 if getattr(args, name)}
-    if settings and args.attention in ("dense", "performer"):
+    if settings and args.attention not in CHOOSING:
         fail(f"{args.attention} attention chooses no keys; leave out --block-size and "
              "--keys-per-query")
     with one_line(ValueError):

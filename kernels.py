@@ -232,6 +232,22 @@ def ordered(scores):
 
 
 @triton.jit
+def features(q, b, h, row, real, scale, D: tl.constexpr):
+    """What a block's mean and half variance are multiplied by, in q's dtype: two (n, D padded)."""
+    exact = load(q, b, h, row, real, D).to(tl.float32) * scale
+    dtype = q[0].dtype.element_ty
+    return exact.to(dtype), (exact * exact).to(dtype)
+
+
+@triton.jit
+def load_moments(moments, b, h, block, real, D: tl.constexpr):
+    """Mean and half variance of blocks (n,), zeros where they are not real: two (n, D padded)."""
+    address, column = addresses(moments, b, h, block, D)
+    mask = real[:, None] & column
+    return tl.load(address, mask=mask, other=0), tl.load(address + D, mask=mask, other=0)
+
+
+@triton.jit
 def ranked(look, column, grain, low, edge, D: tl.constexpr, Z: tl.constexpr):
     """Scores (M, C) as integers of the same order, NaN highest; their lowest bits are `low`.
 
@@ -240,10 +256,7 @@ def ranked(look, column, grain, low, edge, D: tl.constexpr, Z: tl.constexpr):
     q1, q2, moments, head, W = look[:5]
     own = look[9]
     block, seen = columns_of(look, column, Z)
-    address, real = addresses(moments, head[0], head[1], block, D)
-    real = (block < W)[:, None] & real
-    mean = tl.load(address, mask=real, other=0)                     # (C, D)
-    half = tl.load(address + D, mask=real, other=0)
+    mean, half = load_moments(moments, head[0], head[1], block, block < W, D)      # (C, D)
     scores = dot(q2, tl.trans(half), dot(q1, tl.trans(mean)))       # (M, C)
     x = ordered(scores) & -grain | low
     if edge:
@@ -342,9 +355,7 @@ def choose_kernel(q, moments, near, out, scale, T, R, W, n, grain, H, HKV, D: tl
     h = tl.program_id(1) % H
     row = g * M + tl.arange(0, M)
     own = tl.where(row < R, (T - R + row) // S, -1)[:, None]        # (M, 1), -1: no row
-    exact = load(q, b, h, row, row < R, D).to(tl.float32) * scale   # (M, D)
-    q1 = exact.to(q[0].dtype.element_ty)
-    q2 = (exact * exact).to(q[0].dtype.element_ty)
+    q1, q2 = features(q, b, h, row, row < R, scale, D)              # (M, D)
     query_bit = (1 << tl.arange(0, M) % 32).to(tl.int32)            # read with near, where M is 16
     head = b, h // (H // HKV)
 
@@ -534,8 +545,11 @@ def attend_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, block_size: in
     return out, lse
 
 
-@operator(lambda dout, q, k, v, *rest: (torch.empty_like(q), torch.empty_like(k),
-                                        torch.empty_like(v)))
+def attend_gradients(dout, q, k, v, *rest):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+@operator(attend_gradients)
 def attend_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
                     scale: float, block_size: int, blocks: Tensor, sums: Tensor,
                     count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -603,7 +617,7 @@ def checked(q, k, v):
     return dense_rows(q), dense_rows(k), dense_rows(v)
 
 
-def budgets(block_size, keys_per_query, coarse):
+def budgets(block_size, keys_per_query, coarse=8):
     """sea.budgets: how many blocks, and how many coarse blocks to look into for them."""
     n = max(1, keys_per_query // block_size)
     return n, max(8, keys_per_query // min(16, block_size * coarse))
@@ -657,20 +671,11 @@ def sea_attention(q, k, v, block_size=8, keys_per_query=48, coarse=8, scale=None
 # The position is read on the GPU: the same three launches, in a CUDA graph, serve every token.
 
 @triton.jit
-def features(q, b, h, row, scale, D: tl.constexpr):
-    """What multiplies mean and half variance, rounded as choose does: (1, D padded), float32."""
-    exact = load(q, b, h, row, row >= 0, D).to(tl.float32) * scale
-    dtype = q[0].dtype.element_ty
-    return exact.to(dtype).to(tl.float32), (exact * exact).to(dtype).to(tl.float32)
-
-
-@triton.jit
 def scored(q1, q2, moments, b, h, block, real, D: tl.constexpr):
-    """Scores of blocks (n,) by their moments, as integers of the same order."""
-    address, column = addresses(moments, b, h, block, D)
-    mean = tl.load(address, mask=real[:, None] & column, other=0).to(tl.float32)
-    half = tl.load(address + D, mask=real[:, None] & column, other=0).to(tl.float32)
-    return ordered(tl.sum(q1 * mean + q2 * half, 1))
+    """Scores of blocks (n,) for one query, whose features are (1, D), as integers of that order."""
+    mean, half = load_moments(moments, b, h, block, real, D)        # (n, D)
+    scores = q1.to(tl.float32) * mean.to(tl.float32) + q2.to(tl.float32) * half.to(tl.float32)
+    return ordered(tl.sum(scores, 1))
 
 
 @triton.jit
@@ -721,7 +726,8 @@ def glance_kernel(q, wide, scores, position, scale, W, SIZE, H, HKV,
     column = tl.program_id(0) * C + tl.arange(0, C)
     own = tl.load(position).to(tl.int32) // SIZE
     if tl.program_id(0) * C < own:                                  # of later ones none is read
-        q1, q2 = features(q, b, h, tl.arange(0, 1), scale, D)
+        row = tl.arange(0, 1)
+        q1, q2 = features(q, b, h, row, row == 0, scale, D)
         x = scored(q1, q2, wide, b, h // (H // HKV), column, column < own, D)
         tl.store(scores + tl.program_id(1) * W + column, x, mask=column < own)
 
@@ -736,7 +742,7 @@ def decode_kernel(q, k, v, fine, scores, out, position, scale, W, n, n_wide, H, 
     t = tl.load(position).to(tl.int32)
     own = t // S
     row = tl.arange(0, 1)
-    q1, q2 = features(q, b, h, row, scale, D)                       # (1, D)
+    q1, q2 = features(q, b, h, row, row == 0, scale, D)             # (1, D)
 
     # First look: of the coarse blocks.
     c = tl.arange(0, WIDE)

@@ -175,12 +175,13 @@ class Window(Dense):
 
     def mask(self, query, key):
         S = self.config.block_size
-        n = max(1, self.config.keys_per_query // S)
+        n, _ = sea.budgets(S, self.config.keys_per_query)
         last = (n + 2) * S + (S + 1) // 2 - self.FIRST       # SEA's blocks, and half of its own one
         return (key <= query) & ((key > query - last) | (key < self.FIRST))
 
 
 ATTENTIONS = dict(sea=SEA, paper=Paper, dense=Dense, performer=Performer, window=Window)
+CHOOSING = "sea", "paper", "window"      # those for which block_size and keys_per_query count
 
 
 # --------------------------------------------------------------------------------------------------

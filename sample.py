@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))      # python -P leaves
 from assets.page import MOST_TOKENS, write_page
 from data import engine
 from data.common import Parser, any_output, fail, number, one_line
-from model import ATTENTIONS
+from model import ATTENTIONS, CHOOSING
 
 
 def parse_arguments():
@@ -45,10 +45,9 @@ def parse_arguments():
     args.device = engine.pick_device(args.device)
     if args.layers and not args.page:
         fail("--layers chooses what --page FILE shows; give both")
-    if args.page and args.page.suffix != ".html":
-        fail(f"--page {args.page}: name a file that ends in .html; one that is there is replaced")
-    if args.page and (args.page.is_dir() or not args.page.parent.is_dir()):
-        fail(f"cannot write --page {args.page}; name a file in a folder that exists")
+    if args.page and not (args.page.suffix == ".html" and args.page.parent.is_dir()):
+        fail(f"cannot write --page {args.page}; name a file that ends in .html, in a folder "
+             "that exists")
     if args.page and not args.prompt:
         fail("--page shows the attention in a text; give the text by --prompt")
     return args
@@ -61,7 +60,7 @@ def load(args):
     if args.page and attention != "sea":
         fail(f"{args.checkpoint} is a model with {attention} attention, which has no estimate to "
              "show; give --attention sea")
-    if args.keys_per_query and attention not in ("sea", "paper", "window"):
+    if args.keys_per_query and attention not in CHOOSING:
         fail(f"{attention} attention chooses no keys; leave out --keys-per-query")
     if max(args.layers or [0]) >= model.config.n_layer:
         fail(f"--layers: this model has layers 0 to {model.config.n_layer - 1}")

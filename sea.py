@@ -96,7 +96,7 @@ def choose(q, fine_moments, wide_moments, block_size, keys_per_query, coarse, fi
     return select(scores, block_size, n, first_row)
 
 
-def budgets(block_size, keys_per_query, coarse):
+def budgets(block_size, keys_per_query, coarse=8):
     """How many blocks a query chooses, and how many coarse blocks it looks into for them."""
     n = max(1, keys_per_query // block_size)
     # Several times what n blocks fill, since the best ones are scattered: one coarse block for each
@@ -255,7 +255,8 @@ class Cache(KeysAndValues):
 def decode(q, cache, position, keys_per_query=48, scale=None):
     """sea_attention of the token at position (1,), which the cache holds: q (B, H, 1, D) -> alike.
 
-    Nothing but numbers depends on the position, no shape and no branch.
+    Nothing but numbers depends on the position, no shape and no branch: one CUDA graph can serve
+    every token.
     """
     check(q, cache.k, cache.v, cache.block_size, keys_per_query, cache.coarse)
     if q.is_cuda and backend == "triton":
@@ -305,10 +306,16 @@ def estimated_attention(q, k, block_size=8, keys_per_query=48, coarse=8, scale=N
     mass = scores.softmax(-1).nan_to_num(0)                         # NaN: no complete block yet
     estimate = (mass / block_size).repeat_interleave(block_size, -1)
     estimate = F.pad(estimate, (0, T % block_size))                              # (B, H, R, T)
+    return estimate, mask, attention_to(mask, q, k)
 
+
+def attention_to(mask, q, k):
+    """Softmax attention to the keys of a mask, (.., R, T) bool, as a matrix.
+
+    q (B, H, R, D), scaled, k (B, Hkv, T, D) -> (B, H, R, T) float32.
+    """
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)                         # (B, H, T, D)
-    probabilities = (q @ k.mT).float().masked_fill(~mask, -torch.inf).softmax(-1)
-    return estimate, mask, probabilities
+    return (q @ k.mT).float().masked_fill(~mask, -torch.inf).softmax(-1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -406,7 +413,7 @@ class PaperEstimator(nn.Module):
         group = q.shape[1] // k.shape[1]
         k = k.repeat_interleave(group, 1)                                        # (B, H, T, D)
         v = v.repeat_interleave(group, 1)
-        n = max(1, keys_per_query // block_size)
+        n, _ = budgets(block_size, keys_per_query)
         picture, gates = self.draw(q.detach(), k.detach(), v.detach())
 
         out = []

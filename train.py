@@ -122,8 +122,7 @@ def make_model(args, vocab_size):
 
 @torch.no_grad()
 def evaluate(model, data, batch_size, at_most, precision):
-    """Mean loss, nats per token, over contiguous windows of a split, `at_most` of them evenly
-    spread: the same ones for every model of this context."""
+    """Mean loss, nats per token, of `at_most` windows evenly spread: the same ones each time."""
     context = model.config.context
     device = next(model.parameters()).device
     starts = torch.arange(0, len(data) - context, context)

@@ -33,10 +33,10 @@ def pictures(model, idx):
     """For each layer, of one sequence idx (1, T): the estimate, the mask, the attention used and
     the dense attention of the same q and k, (H, T, T) each; the first look."""
     c = model.config
+    past = torch.ones(idx.shape[1], idx.shape[1], dtype=torch.bool, device=idx.device).tril()
     for q, k in [(layer.q, layer.k) for layer in model(idx, trace=True).trace]:
         shown = sea.estimated_attention(q, k, c.block_size, c.keys_per_query, c.coarse)
-        # With a budget of all keys it is dense.
-        dense = sea.estimated_attention(q, k, c.block_size, idx.shape[1], c.coarse)[2]
+        dense = sea.attention_to(past, q * c.head_dim ** -0.5, k)
         look = first_look(q, k, c.block_size, c.keys_per_query, c.coarse)
         yield [picture[0].float().cpu() for picture in (*shown, dense, look)]
 
@@ -127,7 +127,8 @@ def write_page(model, enc, idx, path, layers):
     glance = compress(torch.stack(glance).numpy())
     packed, steps, least = pack_what_fits(wanted, ROOM - len(glance))
     tokens = texts_of([enc.decode_single_token_bytes(i) for i in idx[0].tolist()])
-    data = dict(tokens=tokens, block_size=c.block_size, n=max(1, c.keys_per_query // c.block_size),
+    n, _ = sea.budgets(c.block_size, c.keys_per_query)
+    data = dict(tokens=tokens, block_size=c.block_size, n=n,
                 coarse=c.coarse, n_coarse=layer[4].shape[-1], steps=steps, least=least,
                 count=c.n_layer, heads=c.n_head, glance=glance, layers=packed)
     data = json.dumps(data).replace("<", "\\u003c")              # no text can end the page's script

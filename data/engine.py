@@ -1,6 +1,5 @@
 """
-What train.py and distill.py share beside the training step: devices, batches, checkpoints, several
-GPUs.
+What train.py and distill.py share beside the step: devices, batches, checkpoints, several GPUs.
 
 A batch is a function of the seed, the step and the rank, and training draws no other random
 numbers. So the weights, the optimizer's states and the number of the step are all that a run needs
@@ -113,7 +112,8 @@ def check_budget(config):
     S = config.block_size
     # The keys of the last query, whose own block is counted as in sea.py and in model.Window.
     own = dict(sea=S, paper=S, window=(S + 1) // 2).get(config.attention)
-    if own and RANK == 0 and config.context <= (max(1, config.keys_per_query // S) + 2) * S + own:
+    n, _ = sea.budgets(S, config.keys_per_query)
+    if own and RANK == 0 and config.context <= (n + 2) * S + own:
         print(f"note: {config.keys_per_query} keys a query in blocks of {S} cover the context of "
               f"{config.context}: this selects everything, as dense attention does",
               file=sys.stderr)
@@ -130,8 +130,7 @@ def start(args):
 
 
 def training_script(main):
-    """The main of a script that trains: what its user or the machine may cause is told in one
-    line."""
+    """A main around which what its user or the machine may cause is told in one line."""
     smaller = one_line(MemoryError, torch.OutOfMemoryError,
                        hint="lower --batch-size, raise --accumulate")
     whole = one_line(OSError, KeyboardInterrupt,
@@ -278,8 +277,7 @@ def load_checkpoint(path, device):
 
 
 def model_of(config, weights, size):
-    """The model of a file of that size. No memory is taken for what the file only claims to
-    hold."""
+    """The model of a file of that size; what it only claims to hold takes no memory."""
     if config.n_layer > len(weights) or config.num_features > size:
         raise ValueError("its config claims more than it holds")
     with torch.device("meta"):
@@ -291,8 +289,7 @@ def model_of(config, weights, size):
 
 
 def load_model(name, device):
-    """A checkpoint, a folder in the hub's format or a name on the hub -> the model, tokenizer, data
-    set."""
+    """A checkpoint, a hub's folder or name -> the model, the names of its tokenizer and data."""
     if str(name).endswith(".pt"):
         model, saved = load_checkpoint(name, device)
         return model, saved["tokenizer"], saved["data"]
@@ -311,8 +308,7 @@ def load_encoding(name, model):
 
 
 def keep_tokenizer(name, teacher, out):
-    """Copy the files of the teacher's tokenizer beside its student, which is then found without a
-    network."""
+    """Copy the teacher's tokenizer beside its student, so that it is there without a network."""
     folder = Path(teacher).parent if str(teacher).endswith(".pt") else teacher
     if RANK or name not in ("opt", "smollm2"):
         return
@@ -338,8 +334,7 @@ def settings_of(args, model, tokens, teacher):
 
 
 def resume(path, model, optimizer, settings):
-    """Bring both to where a run of these settings was saved -> the rest of its checkpoint, and its
-    step."""
+    """Bring both to where a run of these settings was saved -> the checkpoint's rest, the step."""
     found, saved = load_checkpoint(path, "cpu")
     if "optimizer" not in saved:
         fail(f"{path} holds no state of an optimizer; leave --resume out")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # where the package data is found
 from data.common import Parser, any_output, fetched, write
-from data.text import read
+from data.text import read, splits
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 
@@ -20,9 +20,7 @@ def main():
     args = parser.parse_args()
 
     text = read(fetched(args.url, "shakespeare", "input.txt", args.overwrite))
-    cut = max(1, len(text) * 9 // 10)
-    write("shakespeare", dict(train=text[:cut], val=text[cut:]), args.tokenizer, args.url,
-          overwrite=args.overwrite)
+    write("shakespeare", splits(text), args.tokenizer, args.url, overwrite=args.overwrite)
 
 
 if __name__ == "__main__":

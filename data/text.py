@@ -27,6 +27,12 @@ def read(path):
     return text
 
 
+def splits(text):
+    """{split: text}: nine tenths to train on, the rest to validate."""
+    cut = max(1, len(text) * 9 // 10)
+    return dict(train=text[:cut], val=text[cut:])
+
+
 @any_output()
 def main():
     parser = Parser(__doc__)
@@ -37,9 +43,7 @@ def main():
     if not re.fullmatch(r"[A-Za-z0-9_-]+", args.name):
         fail(f"--name {args.name!r}: use letters, digits, - and _")
 
-    text = read(args.file)
-    cut = max(1, len(text) * 9 // 10)
-    write(args.name, dict(train=text[:cut], val=text[cut:]), args.tokenizer, Path(args.file).name,
+    write(args.name, splits(read(args.file)), args.tokenizer, Path(args.file).name,
           overwrite=args.overwrite)
 
 

@@ -29,13 +29,13 @@ import distill  # noqa: E402
 from data import engine  # noqa: E402
 import sea  # noqa: E402
 from data.common import Parser, fail, number, one_line  # noqa: E402
+from model import CHOOSING  # noqa: E402
 from train import evaluate, perplexity  # noqa: E402
 
 COLUMNS = ("variant read_as block_size keys_per_query coarse context steps trained_keys ppl_untrained ppl "
            "keys mass seconds").split()
 MASS_COLUMNS = "variant read_as block_size keys_per_query context steps layer head keys mass".split()
 SHOWN = dict(ppl_untrained=3, ppl=3, keys=1, mass=3, seconds=1)       # columns of numbers, and digits
-CHOOSING = "sea", "paper", "window"    # the kinds of attention whose queries read a part of the keys
 block_scores = sea.block_scores        # the originals, whatever a variant puts in their place
 budgets = sea.budgets
 select = sea.select
@@ -121,7 +121,7 @@ def one_look(q, k, block_size, keys_per_query, coarse):
     first_row = k.shape[2] - q.shape[2]
     with torch.no_grad():
         scores = sea.block_scores(q, sea.moments(k, block_size), block_size, first_row)
-        return sea.select(scores, block_size, max(1, keys_per_query // block_size), first_row)
+        return sea.select(scores, block_size, budgets(block_size, keys_per_query)[0], first_row)
 
 
 def looking_at(n_wide):
