@@ -10,12 +10,11 @@ to rounding. What lies under them shares names with it, not signatures.
     append, glance, decode    a token of generation, from a cache
 
 What neighbouring queries choose is written as one list of blocks, each with a bit for every query
-that chose it. Nothing T x W is stored, and only speed depends on how many queries share a list.
+that chose it (see "Lists"). Nothing T x W is stored, and only speed depends on how many queries
+share a list.
 Products take the inputs' dtype and add up in float32. With TRITON_INTERPRET=1 all of it runs on
 the CPU, for tests.
 """
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -52,17 +51,6 @@ def operator(outputs):
         torch.library.register_fake("nanosea::" + function.__name__, outputs, lib=library)
         return getattr(torch.ops.nanosea, function.__name__).default
     return register
-
-
-class Lists(NamedTuple):
-    """The blocks that each of G tiles of neighbouring queries chose, in ascending order.
-
-    Bit m of sums[i] - sums[i - 1] (0 before the first) is set where query m of the tile chose
-    blocks[i]: running sums of bits are what `join` gets by one cumsum.
-    """
-    blocks: Tensor      # (B, H, G, room) int32
-    sums: Tensor        # (B, H, G, room) int32
-    count: Tensor       # (B, H, G) int32: entries of the list; the rest is undefined
 
 
 # --------------------------------------------------------------------------------------------------
@@ -120,19 +108,40 @@ def strided(x):
     return x, x.stride(0), x.stride(1), x.stride(2)
 
 
-@triton.jit
-def entries(lists, base, count, entry, first_own):
-    """Blocks of a list and their bits; from `count` on stand the own blocks, without bits."""
-    real = entry < count
-    block = tl.load(lists[0] + base + entry, mask=real, other=0)
-    bits = tl.load(lists[1] + base + entry, mask=real, other=0)
-    before = tl.load(lists[1] + base + entry - 1, mask=real & (entry > 0), other=0)
-    return tl.where(real, block, first_own + entry - count), bits - before
+# --------------------------------------------------------------------------------------------------
+# Lists: the blocks that each of G tiles of neighbouring queries chose, (B, H, G, 2, 1 + room) int32
+#
+#   [0]    count, then the blocks in ascending order; what follows the count of them is undefined
+#   [1]    0, then running sums of bits: their difference at a block has bit m set where query m of
+#          the tile chose it. Sums, since one cumsum makes them
+
+def new_lists(q, T, block_size, n, rows, tile):
+    """Undefined lists for queries q (B, H, R, D), of which a program has `rows`, a list `tile`."""
+    B, H, R, _ = q.shape
+    room = min(cdiv(T, block_size), tile * (n + 2))
+    return q.new_empty(B, H, cdiv(R, rows) * (rows // tile), 2, 1 + room, dtype=torch.int32)
 
 
 def listed(lists):
-    """Lists as the kernels take them: blocks, sums, count, lists of a head, room of each."""
-    return *lists, lists.blocks.shape[2], lists.blocks.shape[3]
+    """Lists as the kernels take them: their address, lists of a head, numbers in a row of one."""
+    return lists, lists.shape[2], lists.shape[4]
+
+
+@triton.jit
+def list_of(lists, head, g):
+    """Address of list g of a head, and how many blocks it has."""
+    address = lists[0] + (head * lists[1] + g).to(tl.int64) * 2 * lists[2]
+    return address, tl.load(address)
+
+
+@triton.jit
+def entries(lists, address, count, entry, first_own):
+    """Blocks of a list and their bits; from `count` on stand the own blocks, without bits."""
+    real = entry < count
+    block = tl.load(address + 1 + entry, mask=real, other=0)
+    sums = address + lists[2] + entry
+    bits = tl.load(sums + 1, mask=real, other=0) - tl.load(sums, mask=real, other=0)
+    return tl.where(real, block, first_own + entry - count), bits
 
 
 # --------------------------------------------------------------------------------------------------
@@ -210,12 +219,12 @@ def moments(k, block_size, coarse):
 @triton.jit
 def columns_of(look, column, Z: tl.constexpr):
     """Blocks (C,) behind columns, and which of them the queries look at (M, C)."""
-    near, base, count, first_wide, own, query_bit = look[5:]        # see choose_kernel
+    near, address, count, first_wide, own, query_bit = look[5:]     # see choose_kernel
     if near is None:
         block = column
         seen = (column >= 0)[None, :]
     else:
-        wide, bits = entries(near, base, count, column // Z, first_wide)
+        wide, bits = entries(near, address, count, column // Z, first_wide)
         lies_in = (column // Z >= count)[None, :] & (wide[None, :] == own // Z)
         seen = ((bits[None, :] & query_bit[:, None]) != 0) | lies_in
         block = wide * Z + column % Z
@@ -284,8 +293,8 @@ def pop(stack, hit):
 
 
 @triton.jit
-def join(block, real, out, first_tile, M: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr):
-    """Write the blocks (M, N) of M queries, where real, as one list for each TILE of them."""
+def join(block, real, out, head, g, M: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr):
+    """Write the blocks (M, N) of M queries, where real, as lists g and on, each of TILE queries."""
     m = tl.arange(0, M)[:, None]
     key = tl.where(real, block * TILE + m % TILE, HIGHEST)
     key = tl.sort(tl.reshape(key, [M // TILE, TILE * N]), 1)
@@ -294,11 +303,13 @@ def join(block, real, out, first_tile, M: tl.constexpr, N: tl.constexpr, TILE: t
     after = tl.gather(block, tl.minimum(i + 1, TILE * N - 1), 1)
     last = ((key < HIGHEST) & ((block != after) | (i == TILE * N - 1))).to(tl.int32)
     bits = tl.cumsum(1 << key % TILE, 1)                            # no bit comes twice for a block
-    tile = (first_tile + tl.arange(0, M // TILE)).to(tl.int64)
-    at = tile[:, None] * out[4] + tl.cumsum(last, 1) - last
-    tl.store(out[0] + at, block, mask=last != 0)
-    tl.store(out[1] + at, bits, mask=last != 0)
-    tl.store(out[2] + tile, tl.sum(last, 1))
+    tile = head * out[1] + g + tl.arange(0, M // TILE)
+    address = out[0] + tile.to(tl.int64) * 2 * out[2]
+    tl.store(address, tl.sum(last, 1))
+    tl.store(address + out[2], 0)
+    at = address[:, None] + tl.cumsum(last, 1)                      # counts from 1
+    tl.store(at, block, mask=last != 0)
+    tl.store(at + out[2], bits, mask=last != 0)
 
 
 @triton.jit
@@ -361,17 +372,15 @@ def choose_kernel(q, moments, near, out, scale, T, R, W, n, grain, H, HKV, D: tl
 
     first_wide = (T - R + g * M) // S // Z
     if near is None:
-        base = 0
+        address = 0
         count = 0
         columns = tl.max(own) - 1                                   # no rivals from here on
         inner = tl.min(own) - 1                                     # no mask from 1 to here
     else:
-        program = tl.program_id(1) * near[3] + g
-        base = program.to(tl.int64) * near[4]
-        count = tl.load(near[2] + program)
+        address, count = list_of(near, tl.program_id(1), g)
         columns = (count + tl.max(own) // Z - first_wide + 1) * Z
         inner = 0
-    look = q1, q2, moments, head, W, near, base, count, first_wide, own, query_bit
+    look = q1, q2, moments, head, W, near, address, count, first_wide, own, query_bit
 
     if DEPTH > 0:
         chosen, sure = by_stacks(look, columns, inner, n, grain, M, N, C, DEPTH, D, Z)
@@ -385,41 +394,34 @@ def choose_kernel(q, moments, near, out, scale, T, R, W, n, grain, H, HKV, D: tl
     if near is None:
         block = chosen
     else:
-        wide, _ = entries(near, base, count, tl.maximum(chosen, 0) // Z, first_wide)
+        wide, _ = entries(near, address, count, tl.maximum(chosen, 0) // Z, first_wide)
         block = wide * Z + chosen % Z
     block = tl.where(place == n, 0, tl.where(place == n + 1, own - 1, block))
     real = (place < n) & (chosen >= 0)
     real = real | ((place == n) & (own >= 1)) | ((place == n + 1) & (own >= 2))
-    join(block, real, out, tl.program_id(1) * out[3] + g * (M // TILE), M, N, TILE)
-
-
-def new_lists(q, T, block_size, n, rows, tile):
-    """Lists for the queries q (B, H, R, D), undefined."""
-    B, H, R, D = q.shape
-    tiles = cdiv(R, rows) * (rows // tile)
-    room = min(cdiv(T, block_size), tile * (n + 2))
-    return Lists(q.new_empty(B, H, tiles, room, dtype=torch.int32),
-                 q.new_empty(B, H, tiles, room, dtype=torch.int32),
-                 q.new_empty(B, H, tiles, dtype=torch.int32))
+    join(block, real, out, tl.program_id(1), g * (M // TILE), M, N, TILE)
 
 
 def choose(q, moments, T, block_size, n, scale, rows, tile, near=None, coarse=1):
     """Block 0, the block before and the n best of each query, of all or of those inside `near`.
 
-    q (B, H, R, D), the last R of T; moments (B, Hkv, W, 2D) of blocks of block_size keys -> Lists,
+    q (B, H, R, D), the last R of T; moments (B, Hkv, W, 2D) of blocks of block_size keys -> lists,
     each of `tile` queries, without own blocks. rows: queries of a program, and of a list of `near`.
     """
     B, H, R, D = q.shape
     n = min(n, cdiv(T, block_size))
     lists = new_lists(q, T, block_size, n, rows, tile)
     slots = 32 if rows == LOOKING else 16
-    columns = near.blocks.shape[3] * coarse if near else cdiv(T, block_size)
-    columns += rows + 2 * coarse                                    # own blocks, which no list has
+    if near is None:
+        columns = cdiv(T, block_size)
+    else:
+        columns = (near.shape[4] - 1) * coarse + rows + 2 * coarse  # own blocks are in no list
+        near = listed(near)
     grain = max(32, power_of_2(cdiv(columns, slots)))
     # So deep that insertion is rare; 0: insertion alone.
     depth = 5 if n <= 8 else 7 if n <= 16 else 9 if n <= 32 else 0
     choose_kernel[cdiv(R, rows), B * H](
-        strided(q), strided(moments), near and listed(near), listed(lists), scale, T, R,
+        strided(q), strided(moments), near, listed(lists), scale, T, R,
         moments.shape[2], n, grain, H, moments.shape[1], D=D, S=block_size, Z=coarse,
         N=power_of_2(n + 2), M=rows, TILE=tile, C=slots, DEPTH=depth,
         num_warps=rows // 16, num_stages=3 if rows == LOOKING else 2)
@@ -447,21 +449,20 @@ def tile_of(lists, T, R, H, HKV, S: tl.constexpr, M: tl.constexpr):
     b = tl.program_id(1) // H
     h = tl.program_id(1) % H
     row = g * M + tl.arange(0, M)
-    tile = tl.program_id(1) * lists[3] + g
-    count = tl.load(lists[2] + tile)
+    address, count = list_of(lists, tl.program_id(1), g)
     first_own = (T - R + g * M) // S
     last_own = tl.minimum(T - R + g * M + M - 1, T - 1) // S
     n_own = last_own - first_own + 1
-    return b, h, h // (H // HKV), row, tile, count, first_own, n_own
+    return b, h, h // (H // HKV), row, address, count, first_own, n_own
 
 
 @triton.jit
-def keys_of(lists, tile, count, start, row, first_own, n_own, T,
+def keys_of(lists, address, count, start, row, first_own, n_own, T,
             S: tl.constexpr, M: tl.constexpr, KEYS: tl.constexpr):
     """KEYS keys of a list, which of them are real, and which query attends to which (M, KEYS)."""
     i = start + tl.arange(0, KEYS)
     entry = i // S
-    block, bits = entries(lists, tile.to(tl.int64) * lists[4], count, entry, first_own)
+    block, bits = entries(lists, address, count, entry, first_own)
     key = block * S + i % S
     real = (entry < count + n_own) & (key < T)
     chosen = (bits[None, :] >> tl.arange(0, M)[:, None] & 1) != 0
@@ -472,15 +473,15 @@ def keys_of(lists, tile, count, start, row, first_own, n_own, T,
 @triton.jit
 def attend_kernel(q, k, v, out, lse, lists, scale, T, R, H, HKV,
                   D: tl.constexpr, S: tl.constexpr, M: tl.constexpr, KEYS: tl.constexpr):
-    b, h, kv, row, tile, count, first_own, n_own = tile_of(lists, T, R, H, HKV, S, M)
+    b, h, kv, row, address, count, first_own, n_own = tile_of(lists, T, R, H, HKV, S, M)
     q_tile = load(q, b, h, row, row < R, D)                         # (M, D)
 
     m_i = tl.full([M], -1e30, tl.float32)                           # some see no key at first
     l_i = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, padded(D)], tl.float32)
     for start in range(0, (count + n_own) * S, KEYS):
-        key, real, mine = keys_of(lists, tile, count, start, T - R + row, first_own, n_own, T,
-                                  S, M, KEYS)
+        key, real, mine = keys_of(lists, address, count, start, T - R + row, first_own, n_own,
+                                  T, S, M, KEYS)
         k_tile = load(k, b, kv, key, real, D)                       # (KEYS, D)
         v_tile = load(v, b, kv, key, real, D)
         scores = dot(q_tile, tl.trans(k_tile)) * (scale * LOG2E)    # (M, KEYS)
@@ -500,7 +501,7 @@ def attend_kernel(q, k, v, out, lse, lists, scale, T, R, H, HKV,
 @triton.jit
 def attend_backward_kernel(q, k, v, out, lse, dout, dq, dk, dv, lists, scale, T, R, H, HKV,
                            D: tl.constexpr, S: tl.constexpr, M: tl.constexpr, KEYS: tl.constexpr):
-    b, h, kv, row, tile, count, first_own, n_own = tile_of(lists, T, R, H, HKV, S, M)
+    b, h, kv, row, address, count, first_own, n_own = tile_of(lists, T, R, H, HKV, S, M)
     q_tile = load(q, b, h, row, row < R, D)                         # (M, D)
     dout_tile = load(dout, b, h, row, row < R, D)
     lse_tile = tl.load(lse + tl.program_id(1).to(tl.int64) * R + row, mask=row < R, other=0)
@@ -508,8 +509,8 @@ def attend_backward_kernel(q, k, v, out, lse, dout, dq, dk, dv, lists, scale, T,
 
     acc = tl.zeros([M, padded(D)], tl.float32)
     for start in range(0, (count + n_own) * S, KEYS):
-        key, real, mine = keys_of(lists, tile, count, start, T - R + row, first_own, n_own, T,
-                                  S, M, KEYS)
+        key, real, mine = keys_of(lists, address, count, start, T - R + row, first_own, n_own,
+                                  T, S, M, KEYS)
         k_tile = load(k, b, kv, key, real, D)                       # (KEYS, D)
         v_tile = load(v, b, kv, key, real, D)
         scores = dot(q_tile, tl.trans(k_tile)) * (scale * LOG2E)    # (M, KEYS)
@@ -523,11 +524,10 @@ def attend_backward_kernel(q, k, v, out, lse, dout, dq, dk, dv, lists, scale, T,
     tl.store(address, acc, mask=(row < R)[:, None] & column)
 
 
-def launch(q, k, scale, block_size, blocks, sums, count):
+def launch(q, k, scale, block_size, lists):
     """Grid, further arguments and options of both kernels."""
     B, H, R, D = q.shape
-    lists = listed(Lists(blocks, sums, count))
-    sizes = lists, scale, k.shape[2], R, H, k.shape[1]
+    sizes = listed(lists), scale, k.shape[2], R, H, k.shape[1]
     return (cdiv(R, ATTENDING), B * H), sizes, dict(D=D, S=block_size, M=ATTENDING, KEYS=32)
 
 
@@ -536,10 +536,10 @@ def attend_outputs(q, *rest):
 
 
 @operator(attend_outputs)
-def attend_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, block_size: int, blocks: Tensor,
-                   sums: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+def attend_forward(q: Tensor, k: Tensor, v: Tensor, lists: Tensor, scale: float,
+                   block_size: int) -> tuple[Tensor, Tensor]:
     out, lse = attend_outputs(q)
-    grid, sizes, options = launch(q, k, scale, block_size, blocks, sums, count)
+    grid, sizes, options = launch(q, k, scale, block_size, lists)
     attend_kernel[grid](strided(q), strided(k), strided(v), strided(out), lse, *sizes,
                         **options, num_warps=1)
     return out, lse
@@ -551,14 +551,13 @@ def attend_gradients(dout, q, k, v, *rest):
 
 @operator(attend_gradients)
 def attend_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-                    scale: float, block_size: int, blocks: Tensor, sums: Tensor,
-                    count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+                    lists: Tensor, scale: float, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
     dq = torch.empty_like(q)
     dk = torch.zeros_like(k, dtype=torch.float32)
     dv = torch.zeros_like(v, dtype=torch.float32)
     tensors = [strided(x) for x in (q, k, v, out)]
     gradients = [strided(x) for x in (dense_rows(dout), dq, dk, dv)]
-    grid, sizes, options = launch(q, k, scale, block_size, blocks, sums, count)
+    grid, sizes, options = launch(q, k, scale, block_size, lists)
     warps = 1 if q.shape[3] <= 64 else 2                            # one has too few registers then
     attend_backward_kernel[grid](*tensors, lse, *gradients, *sizes, **options, num_warps=warps)
     return dq, dk.to(k.dtype), dv.to(v.dtype)
@@ -566,22 +565,20 @@ def attend_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, 
 
 class Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, scale, block_size, blocks, sums, count):
-        out, lse = attend_forward(q, k, v, scale, block_size, blocks, sums, count)
+    def forward(ctx, q, k, v, lists, scale, block_size):
+        out, lse = attend_forward(q, k, v, lists, scale, block_size)
         ctx.settings = scale, block_size
-        ctx.save_for_backward(q, k, v, out, lse, blocks, sums, count)
+        ctx.save_for_backward(q, k, v, out, lse, lists)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        q, k, v, out, lse, *lists = ctx.saved_tensors
-        gradients = attend_backward(dout, q, k, v, out, lse, *ctx.settings, *lists)
-        return *gradients, None, None, None, None, None
+        return *attend_backward(dout, *ctx.saved_tensors, *ctx.settings), None, None, None
 
 
 def packed(chosen, T, block_size):
-    """chosen (B, H, R, W) bool, of complete blocks before the own one -> Lists."""
+    """chosen (B, H, R, W) bool, of complete blocks before the own one -> lists."""
     R, W = chosen.shape[2:]
     row = torch.arange(T - R, T, device=chosen.device)
     past = torch.arange(W, device=chosen.device) < (row // block_size)[:, None]
@@ -590,9 +587,11 @@ def packed(chosen, T, block_size):
     bit = 1 << torch.arange(ATTENDING, device=chosen.device)
     bits = (tiles * bit[:, None]).sum(3, dtype=torch.int32)         # (B, H, G, W)
     used = bits != 0
-    count = used.sum(-1, dtype=torch.int32)
     order = used.byte().argsort(dim=-1, descending=True, stable=True)
-    return Lists(order.int(), bits.gather(-1, order).cumsum(-1, dtype=torch.int32), count)
+    sums = bits.gather(-1, order).cumsum(-1)
+    count = used.sum(-1, keepdim=True)
+    rows = torch.cat((count, order), -1), torch.cat((torch.zeros_like(count), sums), -1)
+    return torch.stack(rows, 3).int()                               # (B, H, G, 2, 1 + W)
 
 
 def dense_rows(x):
@@ -626,19 +625,19 @@ def budgets(block_size, keys_per_query, coarse=8):
 def attend(q, k, v, chosen, block_size):
     """sea.attend: exact attention to the chosen blocks and, up to the query itself, to its own."""
     q, k, v = checked(q, k, v)
-    return Attend.apply(q, k, v, 1.0, block_size, *packed(chosen, k.shape[2], block_size))
+    return Attend.apply(q, k, v, packed(chosen, k.shape[2], block_size), 1.0, block_size)
 
 
 def lists_of(q, k, scale, block_size, keys_per_query, coarse):
     n, _ = budgets(block_size, keys_per_query, coarse)
     n = min(n, cdiv(k.shape[2], block_size))
-    return tuple(new_lists(q, k.shape[2], block_size, n, REFINING, ATTENDING))
+    return new_lists(q, k.shape[2], block_size, n, REFINING, ATTENDING)
 
 
 @operator(lists_of)
 def look_twice(q: Tensor, k: Tensor, scale: float, block_size: int, keys_per_query: int,
-               coarse: int) -> tuple[Tensor, Tensor, Tensor]:
-    """sea.look_twice: the blocks that each query chooses, as Lists."""
+               coarse: int) -> Tensor:
+    """sea.look_twice: the blocks that each query chooses, as lists."""
     T = k.shape[2]
     wide = block_size * coarse
     n, n_wide = budgets(block_size, keys_per_query, coarse)
@@ -646,8 +645,7 @@ def look_twice(q: Tensor, k: Tensor, scale: float, block_size: int, keys_per_que
     near = None
     if T // wide > n_wide + 2:                                      # otherwise all would be near
         near = choose(q, wide_moments, T, wide, n_wide, scale, LOOKING, REFINING)
-    lists = choose(q, fine_moments, T, block_size, n, scale, REFINING, ATTENDING, near, coarse)
-    return tuple(lists)
+    return choose(q, fine_moments, T, block_size, n, scale, REFINING, ATTENDING, near, coarse)
 
 
 def sea_attention(q, k, v, block_size=8, keys_per_query=48, coarse=8, scale=None):
@@ -656,7 +654,7 @@ def sea_attention(q, k, v, block_size=8, keys_per_query=48, coarse=8, scale=None
     scale = q.shape[3] ** -0.5 if scale is None else scale
     with torch.no_grad():
         lists = look_twice(q, k, scale, block_size, keys_per_query, coarse)
-    return Attend.apply(q, k, v, scale, block_size, *lists)
+    return Attend.apply(q, k, v, lists, scale, block_size)
 
 
 # --------------------------------------------------------------------------------------------------

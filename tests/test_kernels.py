@@ -158,18 +158,19 @@ def test_half_precision(dtype, bound, T=130):
 
 def dense(lists, R, W, tile):
     """Lists -> (B, H, R, W) bool; a block that a list holds twice is an error."""
-    live = torch.arange(lists.blocks.shape[3], device=DEVICE) < lists.count[..., None]
-    block = torch.where(live, lists.blocks, W + R).long()
+    count, block = lists[..., 0, :1], lists[..., 0, 1:]
+    live = torch.arange(block.shape[3], device=DEVICE) < count
+    block = torch.where(live, block, W + R).long()
     assert (block.diff(dim=-1)[live[..., 1:]] > 0).all(), "the blocks of a list do not ascend"
-    bits = torch.zeros(*lists.count.shape, W + R + 1, dtype=torch.int64, device=DEVICE)
-    bits.scatter_(-1, block, torch.where(live, lists.sums.diff(dim=-1, prepend=torch.zeros_like(lists.sums[..., :1])).long(), 0))
+    bits = torch.zeros(*count.shape[:3], W + R + 1, dtype=torch.int64, device=DEVICE)
+    bits.scatter_(-1, block, torch.where(live, lists[..., 1, :].diff(dim=-1).long(), 0))
     queries = bits[..., None, :] >> torch.arange(tile, device=DEVICE)[:, None] & 1        # (B, H, G, tile, ...)
     return queries.bool().flatten(2, 3)[:, :, :R, :W].cpu()
 
 
 def chosen_by_kernels(q, k, S, K, coarse):
     """What kernels.sea_attention chooses, (B, H, R, W) bool """
-    lists = kernels.Lists(*kernels.look_twice(q, k, q.shape[3] ** -0.5, S, K, coarse))
+    lists = kernels.look_twice(q, k, q.shape[3] ** -0.5, S, K, coarse)
     return dense(lists, q.shape[2], k.shape[2] // S, kernels.ATTENDING)
 
 
