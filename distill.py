@@ -137,29 +137,33 @@ def make_optimizer(student):
 
 def distill(student, teacher, tokens, args, precision, optimizer, steps=None):
     """Train the student -> the last losses. steps: their numbers, 1 to args.steps if None."""
-    run = engine.parallel(student.train())
+    student.train()
     teacher.eval()
     weights = torch.tensor(list(LOSSES.values()), device=args.device)
+
+    def forward_backward(idx, targets):
+        """Add a micro-batch's share to the gradients -> its share of the losses."""
+        with precision:
+            losses = distillation_losses(student, teacher, idx, targets) / args.accumulate
+        (losses @ weights).backward()
+        return losses.detach()
+
+    micro_step = engine.Recorded(forward_backward, student)
     seconds = []
     for step in steps or range(1, args.steps + 1):
         begin = time.time()
         for group in optimizer.param_groups:
             group["lr"] = train.learning_rate(step, args.lr, args.steps) * group["times"]
 
-        # Forward and backward of each micro-batch; gradients add up, and GPUs meet in the last one.
         means = 0.
-        batches = engine.step_batches(tokens, student.config.context, args, step)
-        for i, batch in enumerate(batches):
-            run.require_backward_grad_sync = i + 1 == len(batches)
-            with precision:
-                losses = distillation_losses(run, teacher, *batch)
-            (losses @ weights / len(batches)).backward()
-            means += losses.detach() / len(batches)
+        for idx, targets in engine.step_batches(tokens, student.config.context, args, step):
+            means += micro_step(idx, targets)
 
+        engine.average_gradients(student)
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), train.CLIP)
         engine.check_finite(norm, step)
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=False)                  # a graph adds to them in place
         seconds.append(time.time() - begin)
 
         if step % train.LOG_STEPS == 0 or step == args.steps:
@@ -225,8 +229,6 @@ def main():
         loss_teacher, _ = describe("teacher", teacher, held_out, args, precision)
         loss_before, _ = describe("student before", student, held_out, args, precision)
         keeper.content["before"] = loss_teacher, loss_before
-    if backend == "triton":
-        engine.compile_blocks(teacher, student)
 
     begin = time.time()
     losses = distill(student, teacher, tokens, args, precision, optimizer, keeper.steps())

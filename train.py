@@ -73,7 +73,7 @@ def add_flags(parser):
     add("--overwrite", action="store_true", help="start again where there is a ckpt.pt")
     add("--device", default="auto", choices=("auto", "cuda", "cpu"), help="auto: a GPU if any")
     add("--no-kernels", dest="kernels", action="store_false",
-        help="plain PyTorch on a GPU, for edits of sea.py: no Triton, no compiler")
+        help="plain PyTorch on a GPU, for edits of sea.py")
 
 
 def make_optimizer(model):
@@ -155,28 +155,30 @@ def report(args, step, losses, seconds):
 
 def train(model, optimizer, tokens, val, args, precision, steps):
     """Train the model, in steps of these numbers -> the last losses."""
-    run = engine.parallel(model)
+    def forward_backward(idx, targets):
+        """Add a micro-batch's share to the gradients -> its share of the losses (2,)."""
+        with precision:
+            out = model(idx, targets)
+        kl = out.loss.new_zeros(()) if out.kl is None else out.kl
+        ((out.loss + KL_WEIGHT * kl) / args.accumulate).backward()
+        return torch.stack((out.loss, kl)).detach() / args.accumulate
+
+    micro_step = engine.Recorded(forward_backward, model)
     seconds = []
     for step in steps:
         begin = time.time()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.lr, args.steps)
 
-        # Forward and backward of each micro-batch; gradients add up, and GPUs meet in the last one.
         means = 0.
-        batches = engine.step_batches(tokens, args.context, args, step)
-        for i, (idx, targets) in enumerate(batches):
-            run.require_backward_grad_sync = i + 1 == len(batches)
-            with precision:
-                out = run(idx, targets)
-            kl = out.loss.new_zeros(()) if out.kl is None else out.kl
-            ((out.loss + KL_WEIGHT * kl) / len(batches)).backward()
-            means += torch.stack((out.loss, kl)).detach() / len(batches)
+        for idx, targets in engine.step_batches(tokens, args.context, args, step):
+            means += micro_step(idx, targets)
 
+        engine.average_gradients(model)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         engine.check_finite(norm, step)
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=False)                  # a graph adds to them in place
         seconds.append(time.time() - begin)
 
         # Now and then a line, and a validation.
@@ -205,8 +207,6 @@ def main():
     engine.say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
                f"{args.attention} attention, {backend} backend, {kind}; "
                f"data/{args.data}: {meta['source']}")
-    if backend == "triton":
-        engine.compile_blocks(model)
 
     begin = time.time()
     losses = train(model, optimizer, tokens, val, args, precision, keeper.steps())

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 import sea
 from data import hub
@@ -66,14 +65,6 @@ def pick_backend(device, kernels):
     if not kernels:
         sea.use_kernels(False)
     return sea.backend if device == "cuda" else "torch"
-
-
-def compile_blocks(*models, backend="inductor"):
-    """From now on the models' blocks run compiled. Equal blocks share a compilation, of seconds; of
-    a whole model it takes as many times longer as there are blocks."""
-    for model in models:
-        for block in model.layers:
-            block.compile(backend=backend)
 
 
 def peak_memory(device):
@@ -150,6 +141,43 @@ def step_batches(tokens, context, args, step):
     first = args.seed * 10 ** 9 + (step * RANKS + RANK) * args.accumulate
     seeds = range(first, first + args.accumulate)
     return [random_batch(tokens, context, args.batch_size, seed, args.device) for seed in seeds]
+
+
+class Recorded:
+    """f(*batch), forward and backward pass of a model over batches of one shape, on a GPU as one
+    CUDA graph: a small model would wait most of the time for Python, which launches its kernels.
+
+    Gradients are added up where they are, so none may be set to None.
+    """
+
+    def __init__(self, f, model):
+        self.f = f
+        self.model = model
+        self.graph = None
+
+    def __call__(self, *batch):
+        if batch[0].device.type == "cpu":
+            return self.f(*batch)
+        if self.graph is None:
+            self.record(batch)
+        for x, given in zip(self.inputs, batch):
+            x.copy_(given)
+        self.graph.replay()
+        return self.out
+
+    def record(self, batch):
+        self.inputs = [x.clone() for x in batch]
+        # A first run makes all kernels ready, and gradients, which do not count.
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self.f(*self.inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        self.model.zero_grad(set_to_none=False)
+
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.out = self.f(*self.inputs)
 
 
 def check_finite(norm, step):
@@ -369,7 +397,7 @@ def check_same_run(path, before, now):
 
 
 # --------------------------------------------------------------------------------------------------
-# Several GPUs: torchrun starts a process for each, DistributedDataParallel averages gradients
+# Several GPUs: torchrun starts a process for each; after each step they average their gradients
 
 def join_ranks(device):
     """Meet the other processes; the first one alone prints and writes."""
@@ -384,8 +412,14 @@ def join_ranks(device):
         sys.stdout = open(os.devnull, "w")
 
 
-def parallel(model):
-    return DistributedDataParallel(model) if RANKS > 1 else model
+def average_gradients(model):
+    """Make each gradient the mean of all ranks'."""
+    if RANKS == 1:
+        return
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = mean_of_ranks(torch.cat([grad.flatten() for grad in grads]))
+    for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads])):
+        grad.copy_(mean.view_as(grad))
 
 
 def mean_of_ranks(x):
