@@ -24,7 +24,7 @@ import sea
 from data import hub
 from data.common import (any_output, encoding, fail, first_line, one_line, random_batch,
                          whole_file)
-from model import Config, Transformer
+from model import Config, Transformer, captured
 
 RANK = int(os.environ.get("RANK", 0))                     # as torchrun sets them
 RANKS = int(os.environ.get("WORLD_SIZE", 1))
@@ -153,16 +153,16 @@ class Recorded:
     def __init__(self, f, model):
         self.f = f
         self.model = model
-        self.graph = None
+        self.replay = None
 
     def __call__(self, *batch):
         if batch[0].device.type == "cpu":
             return self.f(*batch)
-        if self.graph is None:
+        if self.replay is None:
             self.record(batch)
         for x, given in zip(self.inputs, batch):
             x.copy_(given)
-        self.graph.replay()
+        self.replay()
         return self.out
 
     def record(self, batch):
@@ -175,9 +175,10 @@ class Recorded:
         torch.cuda.current_stream().wait_stream(side)
         self.model.zero_grad(set_to_none=False)
 
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        def step():
             self.out = self.f(*self.inputs)
+
+        self.replay = captured(step)
 
 
 def check_finite(norm, step):

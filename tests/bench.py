@@ -5,6 +5,7 @@ How fast SEA is and how much memory it takes, beside dense attention in the same
     python tests/bench.py --lengths 8192 --settings 8:48      a part
     python tests/bench.py --model                             a training step of 12 layers, 768 wide
     python tests/bench.py --decode                            a token from a cache of T, two models
+    python tests/bench.py --memory                            a forward of T tokens, and generation
 
 Times are medians in ms of replayed CUDA graphs, free of Python's time, but for "as called". Memory is
 the peak above what was allocated before, in MiB. q, k and v are synthetic: differences of a random walk
@@ -26,12 +27,14 @@ from triton.testing import do_bench
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import kernels  # noqa: E402
 from data import engine  # noqa: E402
-from model import Config, Transformer  # noqa: E402
+from model import ATTENTIONS, Config, Dense, Transformer  # noqa: E402
 from sea import budgets  # noqa: E402
 
 SMOOTH = 64
-MODELS = dict(demo=dict(vocab_size=256, n_layer=8, n_head=8, n_embd=512),
-              smollm2=dict(vocab_size=49152, n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_ffn=1536))
+MODELS = dict(demo=dict(architecture="llama", vocab_size=256, n_layer=8, n_head=8, n_embd=512),
+              smollm2=dict(architecture="llama", vocab_size=49152, n_layer=30, n_head=9, n_kv_head=3,
+                           n_embd=576, n_ffn=1536),
+              opt125m=dict(architecture="opt", vocab_size=50272, n_layer=12, n_head=12, n_embd=768))
 DENSE = dict(flash=SDPBackend.FLASH_ATTENTION, cudnn=SDPBackend.CUDNN_ATTENTION)
 FIELDS = "what T S K pass ms times_dense MiB".split()
 
@@ -49,6 +52,7 @@ def parse_arguments():
     parser.add_argument("--head-dim", type=int, default=64, help="D (default: 64)")
     parser.add_argument("--model", action="store_true", help="a training step in place of the operator")
     parser.add_argument("--decode", action="store_true", help="a token in place of the operator")
+    parser.add_argument("--memory", action="store_true", help="memory of whole models, no times")
     parser.add_argument("--csv", default="bench.csv", help="file for the table (default: bench.csv)")
     args = parser.parse_args()
     args.kv_heads = args.kv_heads or args.heads
@@ -173,10 +177,10 @@ def training_step(args, T, add):
 @torch.no_grad()
 def one_token(args, T, add):
     """Transformer.decode of a token that fills a cache of T; the memory is the caches'. bfloat16."""
-    for name, shape in MODELS.items():
+    for name in ("demo", "smollm2"):
         base = None
         for attention in ("dense", "sea"):
-            config = Config(context=T, architecture="llama", attention=attention, **shape)
+            config = Config(context=T, attention=attention, **MODELS[name])
             model = Transformer(config).cuda().bfloat16().eval()
             caches = []
             for block in model.layers:
@@ -197,9 +201,38 @@ def one_token(args, T, add):
             add("as called", T, 8, 48, "token", called, "", "")
 
 
+class Eager(Dense):
+    """With all T x T scores in memory, as the paper compared itself with."""
+
+    def forward(self, q, k, v, teacher=None):
+        k, v = [x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v)]
+        scores = q @ k.mT * q.shape[3] ** -0.5
+        future = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
+        return scores.masked_fill_(future, -torch.inf).softmax(-1) @ v, None
+
+
+@torch.no_grad()
+def memory(args, T, add):
+    """Peak above the weights, bfloat16: of all logits of T tokens; of a cache and 4 new tokens."""
+    ATTENTIONS["eager"] = Eager
+    for name in ("opt125m", "smollm2"):
+        for attention in ("eager", "dense", "sea"):
+            config = Config(context=T, attention=attention, **MODELS[name])
+            model = Transformer(config).cuda().bfloat16().eval()
+            idx = torch.randint(config.vocab_size, (1, T), device="cuda")
+            for which, run in (("forward", lambda: model(idx)),
+                               ("generation", lambda: model.generate(idx[:, :-4], 4))):
+                try:
+                    MiB = extra_mib(run)
+                except torch.OutOfMemoryError:
+                    MiB = "too much"
+                add(f"{name}, {attention}", T, 8, 48, which, "", "", MiB)
+
+
 def main():
     args = parse_arguments()
-    measure = one_token if args.decode else training_step if args.model else operator
+    measure = (one_token if args.decode else training_step if args.model else memory if args.memory
+               else operator)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}; "
           f"B {args.batch} H {args.heads} Hkv {args.kv_heads} D {args.head_dim} bfloat16", flush=True)
     start = time.time()
