@@ -100,6 +100,15 @@ def learn(student, teacher, tokens, args, precision):
     attentions = attentions_of(student.train())
     parameters = [p for attention in attentions for p in attention.parameters()]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.)
+
+    def forward_backward(idx):
+        """One layer at a time, so that no more than one T x T picture is held."""
+        with torch.no_grad(), precision:
+            layers = teacher(idx, trace=True).trace
+        for attention, layer in zip(attentions, in_float32(layers)):
+            distance("paper", attention, layer, precision).backward()
+
+    whole = engine.Recorded(forward_backward, student)
     limit = 60 * args.minutes
     seconds = looks = step = 0
     while seconds < limit:
@@ -109,17 +118,12 @@ def learn(student, teacher, tokens, args, precision):
         fall = 0.55 + 0.45 * math.cos(math.pi * seconds / limit)
         optimizer.param_groups[0]["lr"] = args.lr * min(1, step / WARMUP) * fall
 
-        # One layer at a time, so that no more than one T x T picture is held.
         [(idx, _)] = engine.step_batches(tokens, args.context, args, step)
-        with torch.no_grad(), precision:
-            layers = teacher(idx, trace=True).trace
-        for attention, layer in zip(attentions, in_float32(layers)):
-            distance("paper", attention, layer, precision).backward()
-
+        whole(idx)
         norm = torch.nn.utils.clip_grad_norm_(parameters, train.CLIP)
         engine.check_finite(norm, step)                      # it waits for the GPU: the time is true
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=False)
         seconds += time.time() - begin
         if seconds > limit * looks / LOOKS:
             looks = int(LOOKS * seconds / limit) + 1
