@@ -5,10 +5,11 @@ Draw the pictures of README.md, and make the tables of speed of README.md and RE
     python assets/figures.py --table assets/bench.csv --write     put them into both files
     python assets/figures.py --bench assets/bench.csv             draw assets/speed.png
     python assets/figures.py --mass assets/mass.csv               draw assets/mass.png
+    python assets/figures.py --chance assets/chance.csv           draw assets/chance.png
     python assets/figures.py --checkpoint data/smollm2            draw assets/sea.png
 
-bench.csv is what tests/bench.py measured, mass.csv what tests/ablate.py --mass did. Pictures need
-one more package: pip install matplotlib.
+bench.csv is what tests/bench.py measured, mass.csv what tests/ablate.py --mass did, chance.csv what
+tests/chance.py did. Pictures need one more package: pip install matplotlib.
 """
 import argparse
 import csv
@@ -46,6 +47,7 @@ def parse_arguments():
     parser.add_argument("--write", action="store_true", help="with --table: change the files")
     parser.add_argument("--bench", metavar="CSV", help="draw speed.png")
     parser.add_argument("--mass", metavar="CSV", help="draw mass.png")
+    parser.add_argument("--chance", metavar="CSV", help="draw chance.png")
     parser.add_argument("--checkpoint", help="draw sea.png: a checkpoint or a hub's folder")
     parser.add_argument("--tokens", type=int, default=384, help="of held-out text (default: 384)")
     parser.add_argument("--layer", type=int, default=10, help="to draw, from 0 (default: 10)")
@@ -270,6 +272,31 @@ def draw_mass(path_csv, path):
     figure.savefig(path, dpi=130)
 
 
+def draw_chance(path_csv, path):
+    """What the paper's estimate keeps, and how far it is from attention, over steps of training."""
+    rows = list(csv.DictReader(open(path_csv, newline="")))
+    teachers = list(dict.fromkeys(row["teacher"] for row in rows))
+    names = "mass kept by the chosen keys", "KL from attention, nats"
+    colors = {"sea": STOPS[5], "window": "#c9a227", "true mass": "#5c5c5c", "paper": "#b0413e"}
+    figure, axes = pyplot().subplots(2, len(teachers), figsize=(11, 6.4), sharex="col",
+                                     layout="constrained")
+    for column, teacher in zip(axes.T, teachers):
+        column[0].set_title(teacher, loc="left", fontweight="bold", fontsize=11)
+        column[1].set_xlabel("steps of 4 windows")
+        for axis, what, name in zip(column, ("mass", "kl"), names):
+            for estimate, color in colors.items():
+                points = [(int(row["step"]), float(row[what])) for row in rows
+                          if (row["teacher"], row["estimate"]) == (teacher, estimate) and row[what]]
+                if estimate == "paper":
+                    axis.plot(*zip(*points[1:]), "o-", ms=3, color=color, label="paper, trained")
+                elif points:
+                    axis.axhline(points[0][1], color=color, label=estimate)
+            axis.set(xscale="log", ylabel=name)
+            axis.grid(alpha=0.3)
+    axes[0, 0].legend(frameon=False, loc="lower right")
+    figure.savefig(path, dpi=110)
+
+
 def shades():
     from matplotlib.colors import LinearSegmentedColormap
     return LinearSegmentedColormap.from_list("sea", STOPS)
@@ -330,6 +357,8 @@ def main():
         draw_speed(Bench(args.bench), HERE / "speed.png")
     if args.mass:
         draw_mass(args.mass, HERE / "mass.png")
+    if args.chance:
+        draw_chance(args.chance, HERE / "chance.png")
     if args.checkpoint:
         draw_attention(*panels_of(args), HERE / "sea.png")
 
