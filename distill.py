@@ -163,7 +163,7 @@ def distill(student, teacher, tokens, args, precision, optimizer, steps=None):
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), train.CLIP)
         engine.check_finite(norm, step)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=False)                  # a graph adds to them in place
+        optimizer.zero_grad(set_to_none=False)      # engine.Recorded adds to them in place
         seconds.append(time.time() - begin)
 
         if step % train.LOG_STEPS == 0 or step == args.steps:

@@ -49,11 +49,7 @@ def operator(outputs):
         library.define(function.__name__ + schema)
         library.impl(function.__name__, launches, "CompositeExplicitAutograd")
         torch.library.register_fake("nanosea::" + function.__name__, outputs, lib=library)
-        compiled = getattr(torch.ops.nanosea, function.__name__).default
-
-        def call(*args):                    # without the dispatcher's 10 us, where nobody compiles
-            return compiled(*args) if torch.compiler.is_compiling() else launches(*args)
-        return call
+        return getattr(torch.ops.nanosea, function.__name__).default
     return register
 
 
@@ -132,7 +128,7 @@ def listed(lists):
 
 
 @triton.jit
-def list_of(lists, head, g):
+def find_list(lists, head, g):
     """Address of list g of a head, and how many blocks it has."""
     address = lists[0] + (head * lists[1] + g).to(tl.int64) * 2 * lists[2]
     return address, tl.load(address)
@@ -381,7 +377,7 @@ def choose_kernel(q, moments, near, out, scale, T, R, W, n, grain, H, HKV, D: tl
         columns = tl.max(own) - 1                                   # no rivals from here on
         inner = tl.min(own) - 1                                     # no mask from 1 to here
     else:
-        address, count = list_of(near, tl.program_id(1), g)
+        address, count = find_list(near, tl.program_id(1), g)
         columns = (count + tl.max(own) // Z - first_wide + 1) * Z
         inner = 0
     look = q1, q2, moments, head, W, near, address, count, first_wide, own, query_bit
@@ -453,7 +449,7 @@ def tile_of(lists, T, R, H, HKV, S: tl.constexpr, M: tl.constexpr):
     b = tl.program_id(1) // H
     h = tl.program_id(1) % H
     row = g * M + tl.arange(0, M)
-    address, count = list_of(lists, tl.program_id(1), g)
+    address, count = find_list(lists, tl.program_id(1), g)
     first_own = (T - R + g * M) // S
     last_own = tl.minimum(T - R + g * M + M - 1, T - 1) // S
     n_own = last_own - first_own + 1
@@ -632,13 +628,13 @@ def attend(q, k, v, chosen, block_size):
     return Attend.apply(q, k, v, packed(chosen, k.shape[2], block_size), 1.0, block_size)
 
 
-def lists_of(q, k, scale, block_size, keys_per_query, coarse):
+def look_twice_outputs(q, k, scale, block_size, keys_per_query, coarse):
     n, _ = budgets(block_size, keys_per_query, coarse)
     n = min(n, cdiv(k.shape[2], block_size))
     return new_lists(q, k.shape[2], block_size, n, REFINING, ATTENDING)
 
 
-@operator(lists_of)
+@operator(look_twice_outputs)
 def look_twice(q: Tensor, k: Tensor, scale: float, block_size: int, keys_per_query: int,
                coarse: int) -> Tensor:
     """sea.look_twice: the blocks that each query chooses, as lists."""

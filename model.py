@@ -517,6 +517,7 @@ def sample(logits, temperature, top_k=None, ids=None):
 def captured(step):
     """A function that does on the GPU what step() would do, in one launch. Nothing is run yet."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):     # of ranks, threads go on
+    # thread_local: NCCL's own thread may call CUDA meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         step()
     return graph.replay

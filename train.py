@@ -73,7 +73,7 @@ def add_flags(parser):
     add("--overwrite", action="store_true", help="start again where there is a ckpt.pt")
     add("--device", default="auto", choices=("auto", "cuda", "cpu"), help="auto: a GPU if any")
     add("--no-kernels", dest="kernels", action="store_false",
-        help="plain PyTorch on a GPU, for edits of sea.py")
+        help="plain PyTorch on a GPU, unrecorded, for edits of sea.py")
 
 
 def make_optimizer(model):
@@ -178,7 +178,7 @@ def train(model, optimizer, tokens, val, args, precision, steps):
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         engine.check_finite(norm, step)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=False)                  # a graph adds to them in place
+        optimizer.zero_grad(set_to_none=False)      # engine.Recorded adds to them in place
         seconds.append(time.time() - begin)
 
         # Now and then a line, and a validation.

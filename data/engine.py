@@ -1,5 +1,5 @@
 """
-What train.py and distill.py share beside the step: devices, batches, checkpoints, several GPUs.
+What train.py and distill.py share: devices, batches, the recorded step, checkpoints, several GPUs.
 
 A batch is a function of the seed, the step and the rank, and training draws no other random
 numbers. So the weights, the optimizer's states and the number of the step are all that a run needs
@@ -70,7 +70,7 @@ def pick_backend(device, kernels):
 def peak_memory(device):
     """GiB: of the GPU's allocator, or of this process where the system tells."""
     if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2 ** 30
+        return torch.cuda.max_memory_reserved() / 2 ** 30
     if sys.platform == "win32":
         return math.nan
     import resource                        # not on Windows
@@ -147,16 +147,19 @@ class Recorded:
     """f(*batch), forward and backward pass of a model over batches of one shape, on a GPU as one
     CUDA graph: a small model would wait most of the time for Python, which launches its kernels.
 
-    Gradients are added up where they are, so none may be set to None.
+    Nothing in f may wait for the GPU (print, item, if). Gradients are added up in place, so
+    zero_grad(set_to_none=False). The next call overwrites what this one returned.
     """
 
     def __init__(self, f, model):
         self.f = f
         self.model = model
+        self.inputs = None
+        self.out = None
         self.replay = None
 
     def __call__(self, *batch):
-        if batch[0].device.type == "cpu":
+        if batch[0].device.type == "cpu" or sea.backend == "torch":     # which stays open to print
             return self.f(*batch)
         if self.replay is None:
             self.record(batch)
@@ -167,7 +170,8 @@ class Recorded:
 
     def record(self, batch):
         self.inputs = [x.clone() for x in batch]
-        # A first run makes all kernels ready, and gradients, which do not count.
+        # A first run compiles kernels and makes the gradients, on a stream beside, as PyTorch asks
+        # for before a backward pass is captured. Then they are set to 0.
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -398,7 +402,7 @@ def check_same_run(path, before, now):
 
 
 # --------------------------------------------------------------------------------------------------
-# Several GPUs: torchrun starts a process for each; after each step they average their gradients
+# Several GPUs: torchrun starts a process for each; before the optimizer steps they average gradients
 
 def join_ranks(device):
     """Meet the other processes; the first one alone prints and writes."""
@@ -414,13 +418,11 @@ def join_ranks(device):
 
 
 def average_gradients(model):
-    """Make each gradient the mean of all ranks'."""
-    if RANKS == 1:
-        return
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    flat = mean_of_ranks(torch.cat([grad.flatten() for grad in grads]))
-    for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads])):
-        grad.copy_(mean.view_as(grad))
+    """Make each gradient the mean of all ranks; seed and files make their weights alike."""
+    for p in model.parameters():
+        if RANKS > 1 and p.grad is not None:
+            dist.all_reduce(p.grad)
+            p.grad /= RANKS
 
 
 def mean_of_ranks(x):

@@ -102,13 +102,13 @@ def learn(student, teacher, tokens, args, precision):
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.)
 
     def forward_backward(idx):
-        """One layer at a time, so that no more than one T x T picture is held."""
         with torch.no_grad(), precision:
             layers = teacher(idx, trace=True).trace
+        # One layer at a time, so that no more than one T x T picture is held.
         for attention, layer in zip(attentions, in_float32(layers)):
             distance("paper", attention, layer, precision).backward()
 
-    whole = engine.Recorded(forward_backward, student)
+    micro_step = engine.Recorded(forward_backward, student)
     limit = 60 * args.minutes
     seconds = looks = step = 0
     while seconds < limit:
@@ -119,11 +119,11 @@ def learn(student, teacher, tokens, args, precision):
         optimizer.param_groups[0]["lr"] = args.lr * min(1, step / WARMUP) * fall
 
         [(idx, _)] = engine.step_batches(tokens, args.context, args, step)
-        whole(idx)
+        micro_step(idx)
         norm = torch.nn.utils.clip_grad_norm_(parameters, train.CLIP)
         engine.check_finite(norm, step)                      # it waits for the GPU: the time is true
         optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
+        optimizer.zero_grad(set_to_none=False)               # engine.Recorded adds to them in place
         seconds += time.time() - begin
         if seconds > limit * looks / LOOKS:
             looks = int(LOOKS * seconds / limit) + 1
