@@ -402,7 +402,7 @@ def check_same_run(path, before, now):
 
 
 # --------------------------------------------------------------------------------------------------
-# Several GPUs: torchrun starts a process for each; before the optimizer steps they average gradients
+# Several GPUs: torchrun starts a process for each; before a step they average their gradients
 
 def join_ranks(device):
     """Meet the other processes; the first one alone prints and writes."""
