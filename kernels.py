@@ -217,9 +217,10 @@ def moments(k, block_size, coarse):
 # only there count as equal, and the lower block wins.
 
 @triton.jit
-def columns_of(look, column, Z: tl.constexpr):
+def columns_of(queries, inside, column, Z: tl.constexpr):
     """Blocks (C,) behind columns, and which of them the queries look at (M, C)."""
-    near, address, count, first_wide, own, query_bit = look[5:]     # see choose_kernel
+    _, _, own, query_bit = queries
+    near, address, count, first_wide = inside
     if near is None:
         block = column
         seen = (column >= 0)[None, :]
@@ -257,15 +258,15 @@ def load_moments(moments, b, h, block, real, D: tl.constexpr):
 
 
 @triton.jit
-def ranked(look, column, grain, low, edge, D: tl.constexpr, Z: tl.constexpr):
+def ranked(queries, blocks, inside, column, grain, low, edge, D: tl.constexpr, Z: tl.constexpr):
     """Scores (M, C) as integers of the same order, NaN highest; their lowest bits are `low`.
 
     At an edge, where not all blocks are rivals, LOWEST stands for those that are not.
     """
-    q1, q2, moments, head, W = look[:5]
-    own = look[9]
-    block, seen = columns_of(look, column, Z)
-    mean, half = load_moments(moments, head[0], head[1], block, block < W, D)      # (C, D)
+    q1, q2, own, _ = queries
+    moments, b, h, W = blocks
+    block, seen = columns_of(queries, inside, column, Z)
+    mean, half = load_moments(moments, b, h, block, block < W, D)   # (C, D)
     scores = dot(q2, tl.trans(half), dot(q1, tl.trans(mean)))       # (M, C)
     x = ordered(scores) & -grain | low
     if edge:
@@ -313,14 +314,15 @@ def join(block, real, out, head, g, M: tl.constexpr, N: tl.constexpr, TILE: tl.c
 
 
 @triton.jit
-def by_stacks(look, columns, inner, n, grain, M: tl.constexpr, N: tl.constexpr, C: tl.constexpr,
-              DEPTH: tl.constexpr, D: tl.constexpr, Z: tl.constexpr):
+def by_stacks(queries, blocks, inside, columns, inner, n, grain, M: tl.constexpr, N: tl.constexpr,
+              C: tl.constexpr, DEPTH: tl.constexpr, D: tl.constexpr, Z: tl.constexpr):
     """Columns of the n largest (M, N), -1 if there are fewer, and whether no slot has lost one."""
     c = tl.arange(0, C)
     stack = (tl.full([M, C], LOWEST, tl.int32),) * DEPTH
     for start in range(0, columns, C):
         edge = (start == 0) | (start + C > inner)
-        x = ranked(look, start + c, grain, grain - 1 - start // C, edge, D, Z)
+        low = grain - 1 - start // C
+        x = ranked(queries, blocks, inside, start + c, grain, low, edge, D, Z)
         stack = push(stack, x)
     full = stack[DEPTH - 1] > LOWEST
 
@@ -335,15 +337,16 @@ def by_stacks(look, columns, inner, n, grain, M: tl.constexpr, N: tl.constexpr, 
 
 
 @triton.jit
-def by_insertion(look, columns, n, grain, M: tl.constexpr, N: tl.constexpr, C: tl.constexpr,
-                 D: tl.constexpr, Z: tl.constexpr):
+def by_insertion(queries, blocks, inside, columns, n, grain, M: tl.constexpr, N: tl.constexpr,
+                 C: tl.constexpr, D: tl.constexpr, Z: tl.constexpr):
     """Columns of the n largest (M, N), -1 if there are fewer: always right, but slower."""
     c = tl.arange(0, C)
     place = tl.arange(0, N)[None, :]
     kept = tl.zeros([M, N], tl.int32) + tl.where(place < n, LOWEST, HIGHEST)
     chosen = tl.zeros([M, N], tl.int32) + columns + C + place       # numbers that no column has
     for start in range(0, columns, C):
-        x = ranked(look, start + c, grain, (grain - 1 - c)[None, :], True, D, Z)
+        low = (grain - 1 - c)[None, :]
+        x = ranked(queries, blocks, inside, start + c, grain, low, True, D, Z)
         best = tl.max(x, 1)
         least = tl.min(kept, 1)
         while tl.max(((best & -grain) > least).to(tl.int32)) > 0:
@@ -368,7 +371,8 @@ def choose_kernel(q, moments, near, out, scale, T, R, W, n, grain, H, HKV, D: tl
     own = tl.where(row < R, (T - R + row) // S, -1)[:, None]        # (M, 1), -1: no row
     q1, q2 = features(q, b, h, row, row < R, scale, D)              # (M, D)
     query_bit = (1 << tl.arange(0, M) % 32).to(tl.int32)            # read with near, where M is 16
-    head = b, h // (H // HKV)
+    queries = q1, q2, own, query_bit
+    blocks = moments, b, h // (H // HKV), W
 
     first_wide = (T - R + g * M) // S // Z
     if near is None:
@@ -380,14 +384,15 @@ def choose_kernel(q, moments, near, out, scale, T, R, W, n, grain, H, HKV, D: tl
         address, count = find_list(near, tl.program_id(1), g)
         columns = (count + tl.max(own) // Z - first_wide + 1) * Z
         inner = 0
-    look = q1, q2, moments, head, W, near, address, count, first_wide, own, query_bit
+    inside = near, address, count, first_wide
 
     if DEPTH > 0:
-        chosen, sure = by_stacks(look, columns, inner, n, grain, M, N, C, DEPTH, D, Z)
+        chosen, sure = by_stacks(queries, blocks, inside, columns, inner, n, grain,
+                                 M, N, C, DEPTH, D, Z)
         if not sure:
-            chosen = by_insertion(look, columns, n, grain, M, N, C, D, Z)
+            chosen = by_insertion(queries, blocks, inside, columns, n, grain, M, N, C, D, Z)
     else:
-        chosen = by_insertion(look, columns, n, grain, M, N, C, D, Z)
+        chosen = by_insertion(queries, blocks, inside, columns, n, grain, M, N, C, D, Z)
 
     # The columns' blocks, and those that are always taken.
     place = tl.arange(0, N)[None, :]
@@ -444,7 +449,7 @@ def choose(q, moments, T, block_size, n, scale, rows, tile, near=None, coarse=1)
 
 @triton.jit
 def tile_of(lists, T, R, H, HKV, S: tl.constexpr, M: tl.constexpr):
-    """What a program works on: batch, heads, rows, its list, and the blocks its rows lie in."""
+    """What a program works on: batch, heads, rows, and its list with the blocks its rows lie in."""
     g = tl.num_programs(0) - 1 - tl.program_id(0)                   # the longest first
     b = tl.program_id(1) // H
     h = tl.program_id(1) % H
@@ -453,35 +458,35 @@ def tile_of(lists, T, R, H, HKV, S: tl.constexpr, M: tl.constexpr):
     first_own = (T - R + g * M) // S
     last_own = tl.minimum(T - R + g * M + M - 1, T - 1) // S
     n_own = last_own - first_own + 1
-    return b, h, h // (H // HKV), row, address, count, first_own, n_own
+    return b, h, h // (H // HKV), row, (address, count, first_own, n_own)
 
 
 @triton.jit
-def keys_of(lists, address, count, start, row, first_own, n_own, T,
-            S: tl.constexpr, M: tl.constexpr, KEYS: tl.constexpr):
-    """KEYS keys of a list, which of them are real, and which query attends to which (M, KEYS)."""
+def keys_of(lists, tile, start, position, T, S: tl.constexpr, M: tl.constexpr, KEYS: tl.constexpr):
+    """KEYS keys of a tile, which of them are real, and which query attends to which (M, KEYS)."""
+    address, count, first_own, n_own = tile
     i = start + tl.arange(0, KEYS)
     entry = i // S
     block, bits = entries(lists, address, count, entry, first_own)
     key = block * S + i % S
     real = (entry < count + n_own) & (key < T)
     chosen = (bits[None, :] >> tl.arange(0, M)[:, None] & 1) != 0
-    lies_in = (entry >= count)[None, :] & (block[None, :] == (row // S)[:, None])
-    return key, real, (chosen | lies_in) & (key[None, :] <= row[:, None])
+    lies_in = (entry >= count)[None, :] & (block[None, :] == (position // S)[:, None])
+    return key, real, (chosen | lies_in) & (key[None, :] <= position[:, None])
 
 
 @triton.jit
 def attend_kernel(q, k, v, out, lse, lists, scale, T, R, H, HKV,
                   D: tl.constexpr, S: tl.constexpr, M: tl.constexpr, KEYS: tl.constexpr):
-    b, h, kv, row, address, count, first_own, n_own = tile_of(lists, T, R, H, HKV, S, M)
+    b, h, kv, row, tile = tile_of(lists, T, R, H, HKV, S, M)
+    _, count, _, n_own = tile
     q_tile = load(q, b, h, row, row < R, D)                         # (M, D)
 
     m_i = tl.full([M], -1e30, tl.float32)                           # some see no key at first
     l_i = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, padded(D)], tl.float32)
     for start in range(0, (count + n_own) * S, KEYS):
-        key, real, mine = keys_of(lists, address, count, start, T - R + row, first_own, n_own,
-                                  T, S, M, KEYS)
+        key, real, mine = keys_of(lists, tile, start, T - R + row, T, S, M, KEYS)
         k_tile = load(k, b, kv, key, real, D)                       # (KEYS, D)
         v_tile = load(v, b, kv, key, real, D)
         scores = dot(q_tile, tl.trans(k_tile)) * (scale * LOG2E)    # (M, KEYS)
@@ -501,7 +506,8 @@ def attend_kernel(q, k, v, out, lse, lists, scale, T, R, H, HKV,
 @triton.jit
 def attend_backward_kernel(q, k, v, out, lse, dout, dq, dk, dv, lists, scale, T, R, H, HKV,
                            D: tl.constexpr, S: tl.constexpr, M: tl.constexpr, KEYS: tl.constexpr):
-    b, h, kv, row, address, count, first_own, n_own = tile_of(lists, T, R, H, HKV, S, M)
+    b, h, kv, row, tile = tile_of(lists, T, R, H, HKV, S, M)
+    _, count, _, n_own = tile
     q_tile = load(q, b, h, row, row < R, D)                         # (M, D)
     dout_tile = load(dout, b, h, row, row < R, D)
     lse_tile = tl.load(lse + tl.program_id(1).to(tl.int64) * R + row, mask=row < R, other=0)
@@ -509,8 +515,7 @@ def attend_backward_kernel(q, k, v, out, lse, dout, dq, dk, dv, lists, scale, T,
 
     acc = tl.zeros([M, padded(D)], tl.float32)
     for start in range(0, (count + n_own) * S, KEYS):
-        key, real, mine = keys_of(lists, address, count, start, T - R + row, first_own, n_own,
-                                  T, S, M, KEYS)
+        key, real, mine = keys_of(lists, tile, start, T - R + row, T, S, M, KEYS)
         k_tile = load(k, b, kv, key, real, D)                       # (KEYS, D)
         v_tile = load(v, b, kv, key, real, D)
         scores = dot(q_tile, tl.trans(k_tile)) * (scale * LOG2E)    # (M, KEYS)
