@@ -5,7 +5,7 @@ attention is replaced, and it learns to match what the teacher computes.
     python train.py --attention dense               a small teacher, out/dense-stdlib/ckpt.pt
     python distill.py                               its SEA student, out/dense-stdlib-sea
     python distill.py --attention window            a rival, also paper, performer, dense
-    python distill.py --eval-only                   the student that has seen nothing: no training
+    python distill.py --eval-only                   the student before any training
     python data/smollm2.py && python data/wikipedia.py && python distill.py --teacher data/smollm2
     python distill.py --teacher facebook/opt-125m   published weights, on data/wikitext2
 
@@ -92,8 +92,7 @@ def distance(ours, theirs, what):
 @torch.no_grad()
 def keys_and_mass(model, tokens):
     """Keys that a query attends to, and their share of the dense attention's mass: means over the
-    layers, heads and queries of the first window. None, None of other kinds than sea and
-    window."""
+    layers, heads and queries of the first window. (None, None) for all but sea and window."""
     c = model.config
     if c.attention not in ("sea", "window"):
         return None, None
@@ -129,9 +128,11 @@ def make_optimizer(student):
     """AdamW. Matrices decay; what the teacher does not have learns at NEW_RATE times the rate."""
     groups = {}
     for name, p in student.named_parameters():
-        groups.setdefault((p.dim() >= 2, ".attention." in name), []).append(p)
-    groups = [dict(params=params, weight_decay=WEIGHT_DECAY * decays, times=NEW_RATE if new else 1)
-              for (decays, new), params in groups.items()]
+        decay = WEIGHT_DECAY if p.dim() >= 2 else 0.
+        times = NEW_RATE if ".attention." in name else 1
+        groups.setdefault((decay, times), []).append(p)
+    groups = [dict(params=params, weight_decay=decay, times=times)
+              for (decay, times), params in groups.items()]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
@@ -192,7 +193,7 @@ def make_student(teacher, args):
     dense = teacher.config.attention == "dense"
     if not dense and not args.eval_only:
         fail(f"{args.teacher} has {teacher.config.attention} attention; a teacher must be dense")
-    # What is only evaluated keeps its attention, if it is none that a student would replace.
+    # A dense model becomes sea by default; another, which is only evaluated, stays as it is.
     args.attention = args.attention or ("sea" if dense else teacher.config.attention)
     settings = {name: getattr(args, name) for name in ("block_size", "keys_per_query")
                 if getattr(args, name)}

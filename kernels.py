@@ -3,8 +3,9 @@ SEA in Triton: sea_attention, attend and decode, with the signatures of sea.py a
 to rounding. What lies under them shares names with it, not signatures.
 
     moments    a program for a coarse block: mean and half variance of its blocks and of itself
-    choose     a program for 64 queries over all coarse blocks, then, for 16 over the blocks inside
-               the best of those: the n best of each query. Where there are few, at once over all
+    choose     first look: a program for 64 queries, over all coarse blocks; second look: one for
+               16, over the blocks inside the best of those, for each query's n best. If there are
+               few blocks: this one alone, over all
     attend     a program for 16 queries reads the blocks that any of them chose; each query attends
                to its own choice and its own block
     append, glance, decode    a token of generation, from a cache
@@ -64,7 +65,7 @@ def padded(n):
 
 @triton.jit
 def addresses(x, b, h, row, D: tl.constexpr):
-    """Of rows (n,) of a head of x: addresses (n, D padded), and which columns are real (1, ...)."""
+    """Of rows (n,) of a head of x, a tuple of strided(): addresses (n, D padded), real columns."""
     d = tl.arange(0, padded(D))
     head = x[0] + b.to(tl.int64) * x[1] + h.to(tl.int64) * x[2]
     return head + row[:, None].to(tl.int64) * x[3] + d[None, :], (d < D)[None, :]
@@ -116,7 +117,7 @@ def strided(x):
 #          the tile chose it. Sums, since one cumsum makes them
 
 def new_lists(q, T, block_size, n, rows, tile):
-    """Undefined lists for queries q (B, H, R, D), of which a program has `rows`, a list `tile`."""
+    """Lists to be filled, for queries q (B, H, R, D): a program takes `rows`, a list `tile`."""
     B, H, R, _ = q.shape
     room = min(cdiv(T, block_size), tile * (n + 2))
     return q.new_empty(B, H, cdiv(R, rows) * (rows // tile), 2, 1 + room, dtype=torch.int32)
@@ -214,7 +215,8 @@ def moments(k, block_size, coarse):
 #   join the n of each query, block 0 and the one before to a list for each tile
 #
 # The lowest log2(grain) bits of a score are replaced by a number of its column: scores that differ
-# only there count as equal, and the lower block wins.
+# only there count as equal, and the lower block wins. grain: a power of 2, no less than a slot has
+# columns.
 
 @triton.jit
 def columns_of(queries, inside, column, Z: tl.constexpr):
@@ -775,7 +777,7 @@ def append(cache, k, v, position):
     B, HKV, _, D = k.shape
     tensors = dense_rows(k), dense_rows(v), cache.k, cache.v, cache.moments, cache.wide_moments
     with torch.cuda.device_of(k):
-        append_kernel[B * HKV,](*[strided(x) for x in tensors], position, HKV,
+        append_kernel[(B * HKV,)](*[strided(x) for x in tensors], position, HKV,
                                 D=D, S=cache.block_size, Z=cache.coarse, num_warps=1)
 
 
@@ -798,7 +800,7 @@ def decode(q, cache, position, keys_per_query=48, scale=None):
         glance_kernel[cdiv(W, 64), B * H](
             strided(q), strided(cache.wide_moments), scores, position, scale, W, S * cache.coarse,
             H, HKV, D=D, C=64, num_warps=4)
-        decode_kernel[B * H,](
+        decode_kernel[(B * H,)](
             strided(q), strided(k), strided(v), strided(cache.moments), scores, strided(out),
             position, scale, W, n, n_wide, H, HKV, D=D, S=S, Z=cache.coarse, WIDE=power_of_2(W),
             NEAR=power_of_2(n_wide + 3), N=N, num_warps=warps)

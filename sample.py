@@ -32,10 +32,10 @@ def parse_arguments():
     add = parser.add_argument_group("attention").add_argument
     add("--attention", choices=ATTENTIONS, help="in place of the model's own")
     add("--keys-per-query", type=number(int, 1), metavar="K",
-        help="keys that a query of SEA chooses; None: as trained")
+        help="keys that a query of SEA chooses; else as trained")
     add("--page", type=Path, metavar="FILE", help="write a page of the prompt's attention instead")
     add("--layers", type=number(int, 0), nargs="+", metavar="N",
-        help="layers in that page, from 0; None: all, or as many as 2 MB hold")
+        help="layers in that page, from 0; else all, or as many as 2 MB hold")
     add = parser.add_argument_group("running").add_argument
     add("--checkpoint", default="out/sea-stdlib/ckpt.pt",
         help="a checkpoint, a folder in the hub's format, or a name there")

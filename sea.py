@@ -46,7 +46,7 @@ def sea_attention(q, k, v, block_size=8, keys_per_query=48, coarse=8, scale=None
 
     q (B, H, R, D), k and v (B, Hkv, T, D) -> (B, H, R, D). keys_per_query: keys that a query
     chooses, in whole blocks, beside the first block, the one before its own, and its own. coarse:
-    blocks in a coarse block. scale: D ** -0.5 if None. What cannot work is a ValueError.
+    blocks in a coarse block. scale: D ** -0.5 if None. What does not fit raises a ValueError.
     """
     check(q, k, v, block_size, keys_per_query, coarse)
     if q.is_cuda and backend == "triton":
@@ -76,7 +76,7 @@ def look_twice(q, k, block_size, keys_per_query, coarse):
 
 
 def choose(q, fine_moments, wide_moments, block_size, keys_per_query, coarse, first_row):
-    """look_twice by the moments of blocks and of coarse blocks."""
+    """look_twice by given moments; first_row: position of the first query, an int or (1,)."""
     W_wide = wide_moments.shape[2]
     n, n_wide = budgets(block_size, keys_per_query, coarse)
     scores = block_scores(q, fine_moments, block_size, first_row)                # (B, H, R, W)
@@ -99,8 +99,9 @@ def choose(q, fine_moments, wide_moments, block_size, keys_per_query, coarse, fi
 def budgets(block_size, keys_per_query, coarse=8):
     """How many blocks a query chooses, and how many coarse blocks it looks into for them."""
     n = max(1, keys_per_query // block_size)
-    # Several times what n blocks fill, since the best ones are scattered: one coarse block for each
-    # 16 keys of the budget, more if it holds fewer than 16 itself, so that a budget of T keeps all.
+    # Several times what n blocks fill, since the best ones are scattered: at least 8, and one for
+    # each 16 keys of the budget; for fewer where a coarse block has fewer, so that a budget of T
+    # keeps all.
     n_wide = max(8, keys_per_query // min(16, block_size * coarse))
     return n, n_wide
 
@@ -129,7 +130,7 @@ def block_scores(q, block_moments, block_size, first_row=0):
     HKV, W = block_moments.shape[1:3]
     q = q.to(block_moments.dtype)
     # Heads of q that share a head of k become further rows of one product.
-    features = torch.cat((q, q * q), -1).view(B, HKV, -1, 2 * D)          # (B, Hkv, H / Hkv R, 2D)
+    features = torch.cat((q, q * q), -1).view(B, HKV, -1, 2 * D)          # (B, Hkv, R H / Hkv, 2D)
     with torch.autocast(q.device.type, enabled=False):              # small differences decide
         scores = (features @ block_moments.mT).view(B, H, R, W)
     block = torch.arange(W, device=q.device)
@@ -172,13 +173,13 @@ def chosen_keys(chosen, T, block_size):
     """The keys that each query attends to: chosen (B, H, R, W) bool -> (B, H, R, T) bool."""
     R, W = chosen.shape[2:]
     key = torch.arange(T, device=chosen.device)
-    own = own_block(R, T - R, block_size, chosen.device)                         # (R, 1)
+    row = key[T - R:, None]                                                      # (R, 1)
     keys = F.pad(chosen.repeat_interleave(block_size, -1), (0, T - W * block_size))
-    return (keys | (key // block_size == own)) & (key <= key[T - R:, None])
+    return (keys | (key // block_size == row // block_size)) & (key <= row)
 
 
 def own_block(R, first_row, block_size, device):
-    """The block that each of R rows from first_row on lies in: (R, 1)."""
+    """The block of each of R rows from first_row on, an int or a tensor (1,): (R, 1)."""
     return (first_row + torch.arange(R, device=device))[:, None] // block_size
 
 
@@ -255,8 +256,8 @@ class Cache(KeysAndValues):
 def decode(q, cache, position, keys_per_query=48, scale=None):
     """sea_attention of the token at position (1,), which the cache holds: q (B, H, 1, D) -> alike.
 
-    Nothing but numbers depends on the position, no shape and no branch: one CUDA graph can serve
-    every token.
+    The position changes numbers alone, never a shape or a branch: one CUDA graph can serve every
+    token.
     """
     check(q, cache.k, cache.v, cache.block_size, keys_per_query, cache.coarse)
     if q.is_cuda and backend == "triton":
@@ -266,7 +267,7 @@ def decode(q, cache, position, keys_per_query=48, scale=None):
     chosen = choose(q, cache.moments, cache.wide_moments, S, keys_per_query, cache.coarse, position)
     chosen |= torch.arange(chosen.shape[3], device=q.device) == position // S    # the own one, too
 
-    # A list of as many blocks as a query can have, those that are chosen first.
+    # The chosen blocks, then others, as many as a query can have: n and the three that are fixed.
     most = budgets(S, keys_per_query, cache.coarse)[0] + 3
     block = chosen.byte().argsort(dim=-1, descending=True, stable=True)[..., :most]
     real = chosen.gather(-1, block)                                              # (B, H, 1, most)

@@ -145,7 +145,7 @@ def perplexity(loss):
 
 
 def report(args, step, losses, seconds):
-    """A line on the last step. seconds: of each step since the last line; a loss of 0 is none."""
+    """A line on the last step. seconds: of each step since the last. Losses of 0 are left out."""
     mean = sum(seconds) / len(seconds)
     left = int((args.steps - step) * mean)
     losses = "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items() if loss)
@@ -182,7 +182,7 @@ def train(model, optimizer, tokens, val, args, precision, steps):
         seconds.append(time.time() - begin)
 
         # Now and then a line, and a validation.
-        validate = step % max(1, args.steps // VALIDATIONS) == 0 or step == args.steps
+        validate = step * VALIDATIONS % args.steps < VALIDATIONS
         if validate or step % LOG_STEPS == 0:
             losses = dict(zip(("loss", "kl"), engine.mean_of_ranks(means).tolist()))
             if validate:

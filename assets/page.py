@@ -135,5 +135,5 @@ def write_page(model, enc, idx, path, layers):
     page = TEMPLATE.read_text(encoding="utf-8").replace("PAGE_DATA", data).encode()
     write_whole(path, page)
     others = f"of 0 to {c.n_layer - 1}; --layers chooses others" if len(packed) < c.n_layer else ""
-    print(f"{path}: {len(tokens)} tokens, {len(page) / 1e6:.2f} MB, shares from {least:.1%},",
+    print(f"{path}: {len(tokens)} tokens, {len(page) / 1e6:.2f} MB, no shares below {least:.1%};",
           "layers", *packed, others)

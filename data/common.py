@@ -77,9 +77,11 @@ def number(kind, least, most=10 ** 9):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse whose mistakes are one line; its help tells each default."""
+    """An argparse whose mistakes are one line; its help tells each default that is a value."""
     class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        pass
+        def _get_help_string(self, action):
+            told = action.default not in (None, "") and not isinstance(action.default, bool)
+            return super()._get_help_string(action) if told else action.help
 
     def __init__(self, description):
         super().__init__(description=description, formatter_class=self.Help)

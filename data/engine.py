@@ -226,7 +226,7 @@ class Keeper:
                 save_checkpoint(self.path, self.model, step=step, settings=self.settings,
                                 optimizer=self.optimizer.state_dict()["state"], **self.content)
                 saved = time.time()
-            if stopped:
+            if stopped and step < last:
                 say(f"{self.path} holds step {step} of {last}; "
                     "the same command with --resume goes on")
                 raise SystemExit(128 + (self.signal or signal.SIGINT))
@@ -293,7 +293,7 @@ def load_checkpoint(path, device):
     """A file of save_checkpoint -> the model on the device, and the rest of the file."""
     if not os.path.isfile(path):
         fail(f"there is no checkpoint {path}; python train.py makes out/sea-stdlib/ckpt.pt, "
-             "python train.py --attention dense a teacher's")
+             "with --attention dense out/dense-stdlib/ckpt.pt")
     with checkpoint_of_ours(path):
         if not zipfile.is_zipfile(path):
             raise RuntimeError("cut off, or another kind of file")

@@ -263,7 +263,7 @@ def parse_arguments():
         help="variants to run")
     add("--list", action="store_true", help="print the names of the variants, run none")
     add("--settings", nargs="+", type=setting, metavar="S:K[:COARSE]",
-        help="block sizes, keys a query and, if not 8, blocks in a coarse one; None: the teacher's")
+        help="block sizes, keys a query and, if not 8, blocks in a coarse one; else the teacher's")
     add("--steps", type=number(int, 0), default=0, help="steps of distilling")
     add("--read", nargs="+", type=keys_or_variant, default=[], metavar="K or NAME",
         help="read each distilled student with so many keys, or as such a variant, too")
@@ -277,10 +277,10 @@ def add_flags(parser):
     """The flags that chance.py has, too."""
     add = parser.add_argument
     add("--teacher", default="out/dense-stdlib/ckpt.pt", help="a dense model, as of distill.py")
-    add("--data", help="folder in data/; None: the teacher's")
-    add("--context", type=number(int, 1), help="T; None: as of distill.py")
+    add("--data", help="folder in data/; else the teacher's")
+    add("--context", type=number(int, 1), help="T; else as of distill.py")
     add("--batch-size", type=number(int, 1), default=4, help="sequences in a batch")
-    add("--lr", type=number(float, 0), help="peak learning rate; None: as of distill.py")
+    add("--lr", type=number(float, 0), help="peak learning rate; else as of distill.py")
     add("--eval-windows", type=number(int, 1), help="windows to evaluate on")
     add("--seed", type=number(int, 0), default=1337, help="of new weights and batches")
     add("--device", default="auto", choices=("auto", "cuda", "cpu"), help="auto: a GPU if any")

@@ -39,7 +39,7 @@ def parse_arguments():
     parser = Parser(__doc__)
     add = parser.add_argument
     ablate.add_flags(parser)
-    add("--setting", type=ablate.setting, metavar="S:K", help="block size, keys a query; None: the teacher's")
+    add("--setting", type=ablate.setting, metavar="S:K", help="block size, keys a query; else the teacher's")
     add("--minutes", type=number(float, 0), default=5., help="of training, without evaluations")
     parser.set_defaults(lr=1e-3, eval_windows=12, csv="chance.csv")
     return ablate.completed(parser.parse_args())
