@@ -293,7 +293,7 @@ def load_checkpoint(path, device):
     """A file of save_checkpoint -> the model on the device, and the rest of the file."""
     if not os.path.isfile(path):
         fail(f"there is no checkpoint {path}; python train.py makes out/sea-stdlib/ckpt.pt, "
-             "with --attention dense out/dense-stdlib/ckpt.pt")
+             "python train.py --attention dense makes out/dense-stdlib/ckpt.pt")
     with checkpoint_of_ours(path):
         if not zipfile.is_zipfile(path):
             raise RuntimeError("cut off, or another kind of file")
