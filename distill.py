@@ -153,18 +153,7 @@ def distill(student, teacher, tokens, args, precision, optimizer, steps=None):
     seconds = []
     for step in steps or range(1, args.steps + 1):
         begin = time.time()
-        for group in optimizer.param_groups:
-            group["lr"] = train.learning_rate(step, args.lr, args.steps) * group["times"]
-
-        means = 0.
-        for idx, targets in engine.step_batches(tokens, student.config.context, args, step):
-            means += micro_step(idx, targets)
-
-        engine.average_gradients(student)
-        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), train.CLIP)
-        engine.check_finite(norm, step)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=False)      # engine.Recorded adds to them in place
+        means = train.update(student, optimizer, micro_step, tokens, args, step)
         seconds.append(time.time() - begin)
 
         if step % train.LOG_STEPS == 0 or step == args.steps:

@@ -12,9 +12,8 @@ to rounding. What lies under them shares names with it, not signatures.
 
 What neighbouring queries choose is written as one list of blocks, each with a bit for every query
 that chose it (see "Lists"). Nothing T x W is stored, and only speed depends on how many queries
-share a list.
-Products take the inputs' dtype and add up in float32. With TRITON_INTERPRET=1 all of it runs on
-the CPU, for tests.
+share a list. Products take the inputs' dtype and add up in float32. With TRITON_INTERPRET=1 all of
+it runs on the CPU, for tests.
 """
 import torch
 import triton
@@ -451,7 +450,8 @@ def choose(q, moments, T, block_size, n, scale, rows, tile, near=None, coarse=1)
 
 @triton.jit
 def tile_of(lists, T, R, H, HKV, S: tl.constexpr, M: tl.constexpr):
-    """What a program works on: batch, heads, rows, and its list with the blocks its rows lie in."""
+    """What a program works on: batch, heads, rows, its list with the blocks that its rows lie in,
+    and how many keys those all have."""
     g = tl.num_programs(0) - 1 - tl.program_id(0)                   # the longest first
     b = tl.program_id(1) // H
     h = tl.program_id(1) % H
@@ -460,7 +460,8 @@ def tile_of(lists, T, R, H, HKV, S: tl.constexpr, M: tl.constexpr):
     first_own = (T - R + g * M) // S
     last_own = tl.minimum(T - R + g * M + M - 1, T - 1) // S
     n_own = last_own - first_own + 1
-    return b, h, h // (H // HKV), row, (address, count, first_own, n_own)
+    tile = address, count, first_own, n_own
+    return b, h, h // (H // HKV), row, tile, (count + n_own) * S
 
 
 @triton.jit
@@ -480,14 +481,13 @@ def keys_of(lists, tile, start, position, T, S: tl.constexpr, M: tl.constexpr, K
 @triton.jit
 def attend_kernel(q, k, v, out, lse, lists, scale, T, R, H, HKV,
                   D: tl.constexpr, S: tl.constexpr, M: tl.constexpr, KEYS: tl.constexpr):
-    b, h, kv, row, tile = tile_of(lists, T, R, H, HKV, S, M)
-    _, count, _, n_own = tile
+    b, h, kv, row, tile, n_keys = tile_of(lists, T, R, H, HKV, S, M)
     q_tile = load(q, b, h, row, row < R, D)                         # (M, D)
 
     m_i = tl.full([M], -1e30, tl.float32)                           # some see no key at first
     l_i = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, padded(D)], tl.float32)
-    for start in range(0, (count + n_own) * S, KEYS):
+    for start in range(0, n_keys, KEYS):
         key, real, mine = keys_of(lists, tile, start, T - R + row, T, S, M, KEYS)
         k_tile = load(k, b, kv, key, real, D)                       # (KEYS, D)
         v_tile = load(v, b, kv, key, real, D)
@@ -508,15 +508,14 @@ def attend_kernel(q, k, v, out, lse, lists, scale, T, R, H, HKV,
 @triton.jit
 def attend_backward_kernel(q, k, v, out, lse, dout, dq, dk, dv, lists, scale, T, R, H, HKV,
                            D: tl.constexpr, S: tl.constexpr, M: tl.constexpr, KEYS: tl.constexpr):
-    b, h, kv, row, tile = tile_of(lists, T, R, H, HKV, S, M)
-    _, count, _, n_own = tile
+    b, h, kv, row, tile, n_keys = tile_of(lists, T, R, H, HKV, S, M)
     q_tile = load(q, b, h, row, row < R, D)                         # (M, D)
     dout_tile = load(dout, b, h, row, row < R, D)
     lse_tile = tl.load(lse + tl.program_id(1).to(tl.int64) * R + row, mask=row < R, other=0)
     delta = tl.sum(dout_tile.to(tl.float32) * load(out, b, h, row, row < R, D).to(tl.float32), 1)
 
     acc = tl.zeros([M, padded(D)], tl.float32)
-    for start in range(0, (count + n_own) * S, KEYS):
+    for start in range(0, n_keys, KEYS):
         key, real, mine = keys_of(lists, tile, start, T - R + row, T, S, M, KEYS)
         k_tile = load(k, b, kv, key, real, D)                       # (KEYS, D)
         v_tile = load(v, b, kv, key, real, D)
@@ -637,7 +636,6 @@ def attend(q, k, v, chosen, block_size):
 
 def look_twice_outputs(q, k, scale, block_size, keys_per_query, coarse):
     n, _ = budgets(block_size, keys_per_query, coarse)
-    n = min(n, cdiv(k.shape[2], block_size))
     return new_lists(q, k.shape[2], block_size, n, REFINING, ATTENDING)
 
 

@@ -31,8 +31,7 @@ def parse_arguments():
     add("--seed", type=number(int, 0), default=1337, help="of the choices")
     add = parser.add_argument_group("attention").add_argument
     add("--attention", choices=ATTENTIONS, help="in place of the model's own")
-    add("--keys-per-query", type=number(int, 1), metavar="K",
-        help="keys that a query of SEA chooses; else as trained")
+    add("--keys-per-query", type=number(int, 1), metavar="K", help="to choose; else as trained")
     add("--page", type=Path, metavar="FILE", help="write a page of the prompt's attention instead")
     add("--layers", type=number(int, 0), nargs="+", metavar="N",
         help="layers in that page, from 0; else all, or as many as 2 MB hold")
@@ -46,8 +45,7 @@ def parse_arguments():
     if args.layers and not args.page:
         fail("--layers chooses what --page FILE shows; give both")
     if args.page and not (args.page.suffix == ".html" and args.page.parent.is_dir()):
-        fail(f"cannot write --page {args.page}; name a file that ends in .html, in a folder "
-             "that exists")
+        fail(f"--page {args.page}: name a file that ends in .html, in a folder that exists")
     if args.page and not args.prompt:
         fail("--page shows the attention in a text; give the text by --prompt")
     return args

@@ -99,9 +99,9 @@ def choose(q, fine_moments, wide_moments, block_size, keys_per_query, coarse, fi
 def budgets(block_size, keys_per_query, coarse=8):
     """How many blocks a query chooses, and how many coarse blocks it looks into for them."""
     n = max(1, keys_per_query // block_size)
-    # Several times what n blocks fill, since the best ones are scattered: at least 8, and one for
-    # each 16 keys of the budget; for fewer where a coarse block has fewer, so that a budget of T
-    # keeps all.
+    # Several times what n blocks fill, since the best ones are scattered: one for each 16 keys of
+    # the budget, and 8 at least. If a coarse block holds fewer keys, one for as many as it holds:
+    # so a budget of T keeps all.
     n_wide = max(8, keys_per_query // min(16, block_size * coarse))
     return n, n_wide
 

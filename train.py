@@ -82,7 +82,7 @@ def make_optimizer(model):
     for name, p in model.named_parameters():
         matrix = name.startswith("layers.") and p.dim() == 2
         groups[WEIGHT_DECAY if matrix else 0.].append(p)
-    groups = [dict(params=params, weight_decay=decay) for decay, params in groups.items()]
+    groups = [dict(params=params, weight_decay=decay, times=1) for decay, params in groups.items()]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
@@ -153,6 +153,23 @@ def report(args, step, losses, seconds):
                f"{left // 60}:{left % 60:02d} left")
 
 
+def update(model, optimizer, micro_step, tokens, args, step):
+    """One step of the optimizer -> the mean losses of its micro-batches."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, args.lr, args.steps) * group["times"]
+
+    means = 0.
+    for idx, targets in engine.step_batches(tokens, model.config.context, args, step):
+        means += micro_step(idx, targets)           # forward and backward: gradients add up
+
+    engine.average_gradients(model)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+    engine.check_finite(norm, step)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)          # engine.Recorded adds to them in place
+    return means
+
+
 def train(model, optimizer, tokens, val, args, precision, steps):
     """Train the model, in steps of these numbers -> the last losses."""
     def forward_backward(idx, targets):
@@ -167,18 +184,7 @@ def train(model, optimizer, tokens, val, args, precision, steps):
     seconds = []
     for step in steps:
         begin = time.time()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.lr, args.steps)
-
-        means = 0.
-        for idx, targets in engine.step_batches(tokens, args.context, args, step):
-            means += micro_step(idx, targets)
-
-        engine.average_gradients(model)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        engine.check_finite(norm, step)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=False)      # engine.Recorded adds to them in place
+        means = update(model, optimizer, micro_step, tokens, args, step)
         seconds.append(time.time() - begin)
 
         # Now and then a line, and a validation.
