@@ -77,7 +77,7 @@ def add_flags(parser):
 
 
 def make_optimizer(model):
-    """AdamW; the blocks' matrices decay."""
+    """AdamW; the blocks' matrices decay. times: of the learning rate, as distill.py has others."""
     groups = {WEIGHT_DECAY: [], 0.: []}
     for name, p in model.named_parameters():
         matrix = name.startswith("layers.") and p.dim() == 2
