@@ -1,9 +1,11 @@
 """
-A fair chance for the paper's estimate: it alone is trained, for as long as is given, to match the attention
-of a frozen dense teacher; beside it stand SEA's estimate, which nothing trains, the window and the true mass.
+A fair chance for estimates that learn, the paper's and a gate that begins as SEA's score: each alone is
+trained, for as long as is given, to match the attention of a frozen dense teacher; beside them stand SEA's
+estimate, which nothing trains, the window and the true mass.
 
     python train.py --attention dense              the teacher, out/dense-stdlib/ckpt.pt
     python tests/chance.py --minutes 5             adds rows to chance.csv
+    python tests/chance.py --only gate             trains the gate alone
     python tests/chance.py --teacher data/smollm2 --minutes 10
 
 Each layer's estimator sees its teacher's own q, k and v: one forward of the teacher serves all, and no layer
@@ -18,6 +20,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -26,11 +29,12 @@ import sea  # noqa: E402
 import train  # noqa: E402
 from data import engine  # noqa: E402
 from data.common import Parser, number, one_line  # noqa: E402
+from model import ATTENTIONS, Attention  # noqa: E402
 
 COLUMNS = ("teacher estimate context block_size keys_per_query lr step windows seconds kl keys mass "
            "ppl").split()
 SHOWN = "kl", "keys", "mass", "ppl"
-LINES = "sea", "window", "true mass", "paper"       # as they come; the last one is then trained
+LEARNED = "paper", "gate"
 LOOKS = 20           # evaluations on the way
 WARMUP = 20          # steps until the learning rate is at its peak
 
@@ -40,9 +44,50 @@ def parse_arguments():
     add = parser.add_argument
     ablate.add_flags(parser)
     add("--setting", type=ablate.setting, metavar="S:K", help="block size, keys a query; else the teacher's")
-    add("--minutes", type=number(float, 0), default=5., help="of training, without evaluations")
+    add("--minutes", type=number(float, 0), default=5., help="of training each, without evaluations")
+    add("--only", nargs="+", choices=LEARNED, default=LEARNED, help="estimates to train")
     parser.set_defaults(lr=1e-3, eval_windows=12, csv="chance.csv")
     return ablate.completed(parser.parse_args())
+
+
+# --------------------------------------------------------------------------------------------------
+# A gate that learns
+
+class Gate(Attention):
+    """SEA in one look, whose score is learned as SeerAttention's gate is (arXiv 2410.13276).
+
+    Each query head has a map of a query's features and one of a block's summaries; the score is their product
+    (there queries are pooled, too). It begins as SEA's own, in which smallest and largest keys do not count.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        same = torch.eye(2 * config.head_dim).repeat(config.n_head, 1, 1)        # (H, 2D, 2D)
+        self.of_query = nn.Parameter(same)
+        self.of_block = nn.Parameter(torch.cat((same, torch.zeros_like(same)), 1))      # (H, 4D, 2D)
+
+    def moments(self, k):
+        """What stands in place of sea.moments: k (B, Hkv, T, D) -> (B, H, W, 2D)."""
+        S = self.config.block_size
+        summaries = torch.cat((sea.moments(k, S), ablate.smallest_and_largest(k, S)), -1)
+        summaries = summaries.repeat_interleave(self.config.n_head // k.shape[1], 1)    # (B, H, W, 4D)
+        with torch.autocast(k.device.type, enabled=False):          # small differences decide
+            # The map of queries, too: (q A) . m = q . (m A'), and there are fewer blocks than queries.
+            return summaries @ self.of_block @ self.of_query.mT
+
+    def forward(self, q, k, v, teacher=None):
+        S = self.config.block_size
+        n, _ = sea.budgets(S, self.config.keys_per_query)
+        q = q * q.shape[3] ** -0.5
+        moments = self.moments(k)
+        out = []
+        for start in range(0, q.shape[2], sea.ROWS):
+            rows = q[:, :, start:start + sea.ROWS]                               # (B, H, r, D)
+            end = start + rows.shape[2]
+            scores = sea.block_scores(rows, moments[:, :, :end // S], S, start)  # (B, H, r, W)
+            chosen = sea.select(scores, S, n, start)
+            out.append(sea.attend(rows, k[:, :, :end], v[:, :, :end], chosen, S))
+        return torch.cat(out, 2), None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -54,11 +99,12 @@ def in_float32(layers):
 
 
 def block_scores(name, attention, layer):
-    """The estimate of sea, or of paper, for a traced layer: (B, H, T, W)."""
+    """The estimate of sea, gate or paper for a traced layer: (B, H, T, W)."""
     S = attention.config.block_size
     q = layer.q * layer.q.shape[3] ** -0.5                                       # (B, H, T, D)
-    if name == "sea":
-        return sea.block_scores(q, sea.moments(layer.k, S), S)
+    if name != "paper":
+        moments = attention.moments(layer.k) if name == "gate" else sea.moments(layer.k, S)
+        return sea.block_scores(q, moments, S)
     group = q.shape[1] // layer.k.shape[1]
     k = layer.k.repeat_interleave(group, 1)
     v = layer.v.repeat_interleave(group, 1)
@@ -81,7 +127,7 @@ def look(name, model, layers):
     """How far an estimate is from the attention of a trace, and what share of it the keys chosen hold."""
     row = dict(estimate=name)
     with ablate.as_variant(name):
-        if name in ("sea", "paper"):
+        if name in ("sea", *LEARNED):
             pairs = zip(attentions_of(model), layers)
             row["kl"] = sum(distance(name, *pair, nullcontext()).item() for pair in pairs) / len(layers)
         row["keys"], row["mass"] = ablate.keys_and_mass(model.eval(), layers).mean((0, 2)).tolist()
@@ -95,8 +141,8 @@ def attentions_of(model):
 # --------------------------------------------------------------------------------------------------
 # Training
 
-def learn(student, teacher, tokens, args, precision):
-    """Train the estimators for args.minutes; now and then, and at the end, the step and its seconds."""
+def learn(name, student, teacher, tokens, args, precision):
+    """Train an estimate for args.minutes; now and then, and at the end, the step and its seconds."""
     attentions = attentions_of(student.train())
     parameters = [p for attention in attentions for p in attention.parameters()]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.)
@@ -106,7 +152,7 @@ def learn(student, teacher, tokens, args, precision):
             layers = teacher(idx, trace=True).trace
         # One layer at a time, so that no more than one T x T picture is held.
         for attention, layer in zip(attentions, in_float32(layers)):
-            distance("paper", attention, layer, precision).backward()
+            distance(name, attention, layer, precision).backward()
 
     micro_step = engine.Recorded(forward_backward, student)
     limit = 60 * args.minutes
@@ -166,11 +212,15 @@ def main():
         rows.writerow(row)
 
     torch.manual_seed(args.seed)
-    for name in LINES:
-        model = make_student(ablate.VARIANTS[name][0], teacher, args)
-        tell(name, model)
-    for step, seconds in learn(model, teacher, tokens, args, precision):
-        tell("paper", model, step, seconds, seconds >= 60 * args.minutes)
+    ATTENTIONS["gate"] = Gate
+    ablate.VARIANTS["gate"] = "gate", {}
+    students = {}
+    for name in ("sea", "window", "true mass", *LEARNED):
+        students[name] = make_student(ablate.VARIANTS[name][0], teacher, args)
+        tell(name, students[name])
+    for name in args.only:
+        for step, seconds in learn(name, students[name], teacher, tokens, args, precision):
+            tell(name, students[name], step, seconds, seconds >= 60 * args.minutes)
 
 
 if __name__ == "__main__":

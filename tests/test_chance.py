@@ -3,12 +3,14 @@ import csv
 import sys
 from contextlib import nullcontext
 
+import pytest
 import torch
 
+import ablate
 import chance
 import sea
 from test_ablate import a_teacher
-from model import Config, Transformer
+from model import ATTENTIONS, SEA, Config, Layer, Transformer
 
 
 def test_the_distance_is_the_one_that_distilling_lowers():
@@ -30,16 +32,46 @@ def test_the_distance_is_the_one_that_distilling_lowers():
     assert chance.distance("sea", attention, layer, nullcontext()) < untaught
 
 
+def test_a_gate_begins_as_sea_and_learns():
+    torch.manual_seed(0)
+    config = Config(n_head=4, n_kv_head=2, n_embd=64, block_size=4, keys_per_query=12)
+    q = torch.randn(1, 4, 300, 16)
+    k, v = torch.randn(2, 1, 2, 300, 16).exp()                      # skewed: there is more to learn
+    gate = chance.Gate(config)
+    with ablate.as_variant("one look"):
+        wanted, _ = SEA(config)(q, k, v)
+    torch.testing.assert_close(gate(q, k, v)[0], wanted)
+
+    optimizer = torch.optim.Adam(gate.parameters(), 1e-3)
+    distances = []
+    for _ in range(10):
+        optimizer.zero_grad()
+        distances.append(chance.distance("gate", gate, Layer(None, None, q, k, v), nullcontext()))
+        distances[-1].backward()
+        optimizer.step()
+    assert distances[-1] < 0.9 * distances[0]
+
+    # It chooses other blocks now, and still sees no later key.
+    found, _ = gate(q, k, v)
+    assert not torch.allclose(found, wanted)
+    before, _ = gate(q[:, :, :270], k[:, :, :270], v[:, :, :270])
+    torch.testing.assert_close(found[:, :, :270], before)
+
+
 def test_a_run(tmp_path, monkeypatch, capsys):
+    for known in ATTENTIONS, ablate.VARIANTS:                       # main adds to them: it is undone
+        monkeypatch.setitem(known, "gate", None)
     flags = a_teacher(tmp_path, monkeypatch, keys_per_query=8)
-    monkeypatch.setattr(sys, "argv", ["chance.py", *flags, *"--minutes 0.01 --lr 0.01".split()])
+    flags += "--only gate paper --minutes 0.01 --lr 0.01".split()
+    monkeypatch.setattr(sys, "argv", ["chance.py", *flags])
     chance.main()
     with open(tmp_path / "a") as file:
         rows = list(csv.DictReader(file))
-    assert [row["estimate"] for row in rows[:5]] == ["sea", "window", "true mass", "paper", "paper"]
+    assert [row["estimate"] for row in rows[:5]] == ["sea", "window", "true mass", "paper", "gate"]
+    assert [row["estimate"] for row in rows[5:] if row["ppl"]] == ["gate", "paper"]      # the last of each
     assert float(rows[-1]["kl"]) < float(rows[3]["kl"]) and rows[2]["kl"] == ""
-    assert rows[-1]["ppl"] and not any(row["ppl"] for row in rows[4:-1])
     mass = [float(row["mass"]) for row in rows]
     assert mass[2] > max(mass) - 1e-5 and mass[2] > mass[1]
+    assert mass[4] == pytest.approx(mass[0], rel=1e-4)
     assert sea.look_twice.__module__ == "sea"                                   # put back
     assert capsys.readouterr().out.count("\n") == len(rows)
