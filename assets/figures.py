@@ -273,13 +273,14 @@ def draw_mass(path_csv, path):
 
 
 def draw_chance(path_csv, path):
-    """What the paper's estimate keeps, and how far it is from attention, over steps of training."""
+    """What learned estimates keep, and how far they are from attention, over steps of training."""
     rows = list(csv.DictReader(open(path_csv, newline="")))
     teachers = list(dict.fromkeys(row["teacher"] for row in rows))
     names = "mass kept by the chosen keys", "KL from attention, nats"
-    colors = {"sea": STOPS[5], "window": "#c9a227", "true mass": "#5c5c5c", "paper": "#b0413e"}
+    colors = {"sea": STOPS[5], "window": "#c9a227", "true mass": "#5c5c5c", "paper": "#b0413e",
+              "gate": "#7a4fa3"}
     figure, axes = pyplot().subplots(2, len(teachers), figsize=(11, 6.4), sharex="col",
-                                     layout="constrained")
+                                     squeeze=False, layout="constrained")
     for column, teacher in zip(axes.T, teachers):
         column[0].set_title(teacher, loc="left", fontweight="bold", fontsize=11)
         column[1].set_xlabel("steps of 4 windows")
@@ -287,9 +288,10 @@ def draw_chance(path_csv, path):
             for estimate, color in colors.items():
                 points = [(int(row["step"]), float(row[what])) for row in rows
                           if (row["teacher"], row["estimate"]) == (teacher, estimate) and row[what]]
-                if estimate == "paper":
-                    axis.plot(*zip(*points[1:]), "o-", ms=3, color=color, label="paper, trained")
-                elif points:
+                trained = [point for point in points if point[0]]
+                if trained:
+                    axis.plot(*zip(*trained), "o-", ms=3, color=color, label=f"{estimate}, trained")
+                elif points and estimate != "gate":                 # which is sea before training
                     axis.axhline(points[0][1], color=color, label=estimate)
             axis.set(xscale="log", ylabel=name)
             axis.grid(alpha=0.3)
