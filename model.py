@@ -100,6 +100,9 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
 
+    def new_cache(self, k, v, room):
+        """What decode goes on from; nothing, where a kind has no decode."""
+
 
 class SEA(Attention):
     def forward(self, q, k, v, teacher=None):
@@ -452,41 +455,35 @@ class Transformer(nn.Module):
 
         choose = partial(sample, temperature=temperature, top_k=top_k, ids=ids)
         context = self.config.context
-        cached = hasattr(self.layers[0].self_attn.attention, "decode")
+        keeps = hasattr(self.layers[0].self_attn.attention, "decode")
         text = idx[:, -context:]
-        tokens = None
-        for left in range(max_new_tokens, 0, -1):
+        while max_new_tokens > 0:
+            # Tokens from one reading of the text: until the context is full, or just the next.
+            count = min(max_new_tokens, context + 1 - text.shape[1]) if keeps else 1
+            for token in self.continued(text, count, choose, graph):
+                if (token < 0).any():
+                    raise FloatingPointError("the logits are no numbers: the weights are spoilt")
+                text = torch.cat((text, token), 1)
+                yield token
+            max_new_tokens -= count
             if text.shape[1] > context:
                 text = text[:, -max(1, context // 2):]
-                tokens = None
-            if cached:
-                room = min(context, text.shape[1] + left - 1)
-                tokens = tokens or self.from_cache(text, room, choose, graph)
-                token = next(tokens)                                             # (B, 1)
-            else:
-                token = choose(self(text).logits[:, -1])
-            if (token < 0).any():
-                raise FloatingPointError("the logits are no numbers: the weights are spoilt")
-            text = torch.cat((text, token), 1)
-            yield token
 
-    def from_cache(self, text, room, choose, graph):
-        """Tokens after text (B, T), in steps of constant shapes that wait for nothing."""
-        logits, caches = self.prefill(text, room)
+    def continued(self, text, count, choose, graph):
+        """`count` tokens (B, 1) after text (B, T), which is read once."""
+        logits, caches = self.prefill(text, text.shape[1] + count - 1)
         token = choose(logits)                                                   # (B, 1)
         position = torch.tensor([text.shape[1]], device=text.device)
-        yield token.clone()
 
-        def step():
+        def step():                                 # of constant shapes, and waits for nothing
             token.copy_(choose(self.decode(token, position, caches)))
             position.add_(1)
 
-        step()                                      # makes all kernels ready, for a graph
-        yield token.clone()
-        if graph:
-            step = captured(step)
-        while True:
-            step()
+        for i in range(count):
+            if i == 2 and graph:                    # a first step has made all kernels ready
+                step = captured(step)
+            if i > 0:
+                step()
             yield token.clone()
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
