@@ -82,8 +82,7 @@ def write_text(model, enc, idx, args):
     # Weights of the type to compute in; with the kernels a token is one CUDA graph.
     _, dtype = engine.pick_precision(args.device)
     model.to(getattr(torch, dtype))
-    graph = args.device == "cuda" and args.kernels
-    choice = args.temperature, args.top_k or None, ids, graph
+    choice = args.temperature, args.top_k or None, ids, args.backend == "triton"
     tokens = 0
     begin = time.perf_counter()
     with suppress(KeyboardInterrupt):                      # Ctrl-C ends the text
@@ -103,7 +102,7 @@ def write_text(model, enc, idx, args):
 @one_line(OSError, FloatingPointError)
 def main():
     args = parse_arguments()
-    engine.pick_backend(args.device, args.kernels)
+    args.backend = engine.pick_backend(args.device, args.kernels)
     model, enc = load(args)
     prompt = [enc.bos] if hasattr(enc, "bos") else []                  # OPT's texts begin with </s>
     prompt += enc.encode_ordinary(args.prompt or "\n")
