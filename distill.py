@@ -14,6 +14,7 @@ weights have a preset, T included. --resume, torchrun, Ctrl-C and mistakes are a
 """
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -130,37 +131,18 @@ def make_optimizer(student):
     for name, p in student.named_parameters():
         decay = WEIGHT_DECAY if p.dim() >= 2 else 0.
         times = NEW_RATE if ".attention." in name else 1
-        groups.setdefault((decay, times), []).append(p)
-    groups = [dict(params=params, weight_decay=decay, times=times)
-              for (decay, times), params in groups.items()]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+        group = groups.setdefault((decay, times), dict(params=[], weight_decay=decay, times=times))
+        group["params"].append(p)
+    return torch.optim.AdamW(list(groups.values()), betas=(0.9, 0.95), fused=True)
 
 
 def distill(student, teacher, tokens, args, precision, optimizer, steps=None):
     """Train the student -> the last losses. steps: their numbers, 1 to args.steps if None."""
     student.train()
     teacher.eval()
-    weights = torch.tensor(list(LOSSES.values()), device=args.device)
-
-    def forward_backward(idx, targets):
-        """Add a micro-batch's share to the gradients -> its share of the losses."""
-        with precision:
-            losses = distillation_losses(student, teacher, idx, targets) / args.accumulate
-        (losses @ weights).backward()
-        return losses.detach()
-
-    micro_step = engine.Recorded(forward_backward, student)
-    seconds = []
-    for step in steps or range(1, args.steps + 1):
-        begin = time.time()
-        means = train.update(student, optimizer, micro_step, tokens, args, step)
-        seconds.append(time.time() - begin)
-
-        if step % train.LOG_STEPS == 0 or step == args.steps:
-            losses = dict(zip(LOSSES, engine.mean_of_ranks(means).tolist()))
-            train.report(args, step, losses, seconds)
-            seconds.clear()
-    return losses
+    losses_of = partial(distillation_losses, student, teacher)
+    steps = steps or range(1, args.steps + 1)
+    return train.train(student, optimizer, losses_of, LOSSES, tokens, args, precision, steps)
 
 
 def load_teacher(args):

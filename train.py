@@ -29,7 +29,7 @@ PRESETS = {
     "cpu": dict(n_layer=4, n_head=4, n_embd=128, context=128, block_size=4, keys_per_query=8,
                 batch_size=12, steps=1400, lr=2.5e-3),
 }
-KL_WEIGHT = 0.1           # of the distance of paper's estimate
+LOSSES = dict(loss=1.0, kl=0.1)      # how much each counts: the text's, and paper's estimate's
 WEIGHT_DECAY = 0.1        # of the blocks' matrices; nothing else decays
 CLIP = 1.0                # largest norm of the gradient
 LOG_STEPS = 10            # steps between lines
@@ -78,11 +78,10 @@ def add_flags(parser):
 
 def make_optimizer(model):
     """AdamW; the blocks' matrices decay. times: of the learning rate, as distill.py has others."""
-    groups = {WEIGHT_DECAY: [], 0.: []}
+    groups = [dict(params=[], weight_decay=decay, times=1) for decay in (WEIGHT_DECAY, 0.)]
     for name, p in model.named_parameters():
         matrix = name.startswith("layers.") and p.dim() == 2
-        groups[WEIGHT_DECAY if matrix else 0.].append(p)
-    groups = [dict(params=params, weight_decay=decay, times=1) for decay, params in groups.items()]
+        groups[0 if matrix else 1]["params"].append(p)
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
@@ -108,16 +107,6 @@ def open_data(args, split="val"):
         fail(f"data/{args.data} has {len(train):,} tokens to train on and {len(held_out):,} to "
              f"evaluate; give a --context under {shorter}")
     return train, held_out, meta
-
-
-def make_model(args, vocab_size):
-    settings = {name: value for name, value in vars(args).items()
-                if name in Config.__dataclass_fields__}
-    with one_line(ValueError):
-        config = Config(vocab_size=vocab_size, architecture="llama", **settings)
-    engine.check_fit(config, args.batch_size, args.device)
-    engine.check_budget(config)
-    return Transformer(config).to(args.device)
 
 
 @torch.no_grad()
@@ -170,15 +159,17 @@ def update(model, optimizer, micro_step, tokens, args, step):
     return means
 
 
-def train(model, optimizer, tokens, val, args, precision, steps):
-    """Train the model, in steps of these numbers -> the last losses."""
+def train(model, optimizer, losses_of, weights, tokens, args, precision, steps, val=None):
+    """Lower losses_of(idx, targets), (n,), weighted by weights, {name: weight}, in steps of these
+    numbers -> the last ones by name. val: tokens to evaluate on VALIDATIONS times."""
+    factors = torch.tensor(list(weights.values()), device=args.device)
+
     def forward_backward(idx, targets):
-        """Add a micro-batch's share to the gradients -> its share of the losses (2,)."""
+        """Add a micro-batch's share to the gradients -> its share of the losses."""
         with precision:
-            out = model(idx, targets)
-        kl = out.loss.new_zeros(()) if out.kl is None else out.kl
-        ((out.loss + KL_WEIGHT * kl) / args.accumulate).backward()
-        return torch.stack((out.loss, kl)).detach() / args.accumulate
+            losses = losses_of(idx, targets) / args.accumulate
+        (losses @ factors).backward()
+        return losses.detach()
 
     micro_step = engine.Recorded(forward_backward, model)
     seconds = []
@@ -187,10 +178,9 @@ def train(model, optimizer, tokens, val, args, precision, steps):
         means = update(model, optimizer, micro_step, tokens, args, step)
         seconds.append(time.time() - begin)
 
-        # Now and then a line, and a validation.
-        validate = step * VALIDATIONS % args.steps < VALIDATIONS
-        if validate or step % LOG_STEPS == 0:
-            losses = dict(zip(("loss", "kl"), engine.mean_of_ranks(means).tolist()))
+        validate = val is not None and step * VALIDATIONS % args.steps < VALIDATIONS
+        if validate or step % LOG_STEPS == 0 or step == args.steps:
+            losses = dict(zip(weights, engine.mean_of_ranks(means).tolist()))
             if validate:
                 losses["val_loss"] = evaluate(model, val, args.batch_size, EVAL_WINDOWS, precision)
             report(args, step, losses, seconds)
@@ -204,7 +194,12 @@ def main():
     engine.check_out(args)
     backend, precision, kind = engine.start(args)
     tokens, val, meta = open_data(args)
-    model = make_model(args, meta["vocab_size"])
+    settings = {name: value for name, value in vars(args).items() if hasattr(Config, name)}
+    with one_line(ValueError):
+        config = Config(vocab_size=meta["vocab_size"], architecture="llama", **settings)
+    engine.check_fit(config, args.batch_size, args.device)
+    engine.check_budget(config)
+    model = Transformer(config).to(args.device)
     optimizer = make_optimizer(model)
     keeper = engine.Keeper(args, model, optimizer, tokens, meta["tokenizer"])
 
@@ -214,11 +209,15 @@ def main():
                f"{args.attention} attention, {backend} backend, {kind}; "
                f"data/{args.data}: {meta['source']}")
 
+    def losses_of(idx, targets):
+        out = model(idx, targets)
+        return torch.stack((out.loss, out.loss.new_zeros(()) if out.kl is None else out.kl))
+
     begin = time.time()
-    losses = train(model, optimizer, tokens, val, args, precision, keeper.steps())
-    kl = f"attention_kl {losses['kl']:.4f} " if losses["kl"] else ""
-    engine.say(f"final: val_loss {losses['val_loss']:.4f} val_ppl "
-               f"{perplexity(losses['val_loss']):.3f} train_loss {losses['loss']:.4f} {kl}"
+    last = train(model, optimizer, losses_of, LOSSES, tokens, args, precision, keeper.steps(), val)
+    kl = f"attention_kl {last['kl']:.4f} " if last["kl"] else ""
+    engine.say(f"final: val_loss {last['val_loss']:.4f} val_ppl "
+               f"{perplexity(last['val_loss']):.3f} train_loss {last['loss']:.4f} {kl}"
                f"steps {args.steps} seconds {time.time() - begin:.0f} "
                f"peak_gib {engine.peak_memory(args.device):.2f}")
 

@@ -39,7 +39,7 @@ def learn(model, tokens, steps, lr=5e-3, batch_size=16):
     for step in range(1, steps + 1):
         out = model(*data.common.random_batch(tokens, model.config.context, batch_size, step, "cpu"))
         kl = out.loss.new_zeros(()) if out.kl is None else out.kl
-        (out.loss + train.KL_WEIGHT * kl).backward()
+        (out.loss + train.LOSSES["kl"] * kl).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
         for group in optimizer.param_groups:
             group["lr"] = train.learning_rate(step, lr, steps)
