@@ -11,7 +11,6 @@ The defaults are a preset for the device that is found; every flag given replace
 Ctrl-C or a SIGTERM ends the step, saves and leaves. A mistake is one line and exit status 2.
 """
 import math
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -94,14 +93,9 @@ def learning_rate(step, peak, steps):
 
 
 def open_data(args, split="val"):
-    """Tokens to train on, those to evaluate on, and meta data; prepares data/stdlib if need be."""
-    with engine.first_rank_first(args.device):
-        if args.data == "stdlib" and not (common.FOLDER / "stdlib" / "meta.json").exists():
-            if subprocess.run([sys.executable, common.SCRIPTS / "stdlib.py"]).returncode:
-                raise SystemExit(2)
-    train, held_out, meta = common.load(args.data)
-    if split != "val":
-        held_out, _ = common.load(args.data, split)
+    """Tokens to train on, those to evaluate on, and meta data."""
+    with engine.first_rank_first(args.device):                # it may have to prepare data/stdlib
+        train, held_out, meta = common.load(args.data, split)
     shorter = min(len(train), len(held_out))
     if shorter <= args.context:
         fail(f"data/{args.data} has {len(train):,} tokens to train on and {len(held_out):,} to "

@@ -4,6 +4,7 @@ import argparse
 import errno
 import json
 import os
+import subprocess
 import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -198,12 +199,18 @@ def write_whole(path, content):
         file.write(content)
 
 
-def load(name, split=None):
-    """data/NAME -> train tokens, validation tokens (uint16), meta; or tokens of `split`, meta."""
+def load(name, held_out="val"):
+    """data/NAME -> tokens (uint16) of the splits train and `held_out`, and meta.
+
+    data/stdlib is prepared if it is not there: that takes nothing but Python.
+    """
     folder = FOLDER / name
     own_script = name in DATA_SETS and name != "text"
     script = f"{name}.py" if own_script else f"text.py FILE --name {name}"
     again = f"prepare it again: python data/{script}"
+    if name == "stdlib" and not (folder / "meta.json").exists():
+        if subprocess.run([sys.executable, SCRIPTS / "stdlib.py"]).returncode:
+            raise SystemExit(2)
     if not (folder / "meta.json").is_file():
         there = sorted(path.parent.name for path in FOLDER.glob("*/meta.json"))
         fail(f"no data set data/{name}; ready: {', '.join(there) or 'none'}; "
@@ -213,10 +220,10 @@ def load(name, split=None):
     except DAMAGED:
         fail(f"data/{name}/meta.json is damaged; {again}")
     splits = []
-    for one in ("train", "val") if split is None else (split,):
-        if one not in meta["tokens"]:
-            fail(f"data/{name} has no {one} split; it has {', '.join(meta['tokens'])}")
-        splits.append(read_split(folder / f"{one}.bin", one, meta, again))
+    for split in "train", held_out:
+        if split not in meta["tokens"]:
+            fail(f"data/{name} has no {split} split; it has {', '.join(meta['tokens'])}")
+        splits.append(read_split(folder / f"{split}.bin", split, meta, again))
     return *splits, meta
 
 
