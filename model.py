@@ -53,10 +53,9 @@ class Config:
             least = min(1, field.default) if field.type is int else value    # 0 may be a default
             if value < least:
                 raise ValueError(f"{field.name} is {value}; it must be {least} or more")
-        for name, known in dict(attention=ATTENTIONS, architecture=BLOCKS).items():
-            value = getattr(self, name)
-            if value not in known:
-                raise ValueError(f"{name} is {value!r}; choose one of {', '.join(known)}")
+            known = dict(attention=ATTENTIONS, architecture=BLOCKS).get(field.name)
+            if known and value not in known:
+                raise ValueError(f"{field.name} is {value!r}; choose one of {', '.join(known)}")
 
         self.n_kv_head = self.n_kv_head or self.n_head
         if not self.n_ffn:       # SwiGLU has three matrices: as many weights as two of 4 n_embd
@@ -314,9 +313,8 @@ class Transformer(nn.Module):
     def init_weights(self):
         """GPT-2's: normal(0.02), what ends on the residual stream over sqrt(2 n_layer).
 
-        OPT's positions start as sinusoids and are learned from there: each of thousands of rows
-        gets a gradient from one token per window, so from noise it takes long until attention knows
-        which tokens are near.
+        OPT's positions start as sinusoids: as each row gets a gradient from one token per window,
+        from noise it takes long until attention knows which tokens are near.
         """
         residual = "out_proj.weight", "o_proj.weight", "fc2.weight", "down_proj.weight"
         for name, p in self.named_parameters():
