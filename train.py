@@ -26,8 +26,7 @@ PRESETS = {
     "cuda": dict(n_layer=8, n_head=8, n_embd=512, context=2048, block_size=8, keys_per_query=48,
                  batch_size=8, steps=2000, lr=2e-3),
     "cpu": dict(n_layer=4, n_head=4, n_embd=128, context=128, block_size=4, keys_per_query=8,
-                batch_size=12, steps=1400, lr=2.5e-3),
-}
+                batch_size=12, steps=1400, lr=2.5e-3)}
 LOSSES = dict(loss=1.0, kl=0.1)      # how much each counts: the text's, and paper's estimate's
 WEIGHT_DECAY = 0.1        # of the blocks' matrices; nothing else decays
 CLIP = 1.0                # largest norm of the gradient
@@ -154,8 +153,8 @@ def update(model, optimizer, micro_step, tokens, args, step):
 
 
 def train(model, optimizer, losses_of, weights, tokens, args, precision, steps, val=None):
-    """Lower losses_of(idx, targets), (n,), weighted by weights, {name: weight}, in steps of these
-    numbers -> the last ones by name. val: tokens to evaluate on VALIDATIONS times."""
+    """Lower what losses_of(idx, targets) gives, (n,), each as weights {name: weight} say, in steps
+    of these numbers -> the last losses by name. val: tokens to evaluate on, VALIDATIONS times."""
     factors = torch.tensor(list(weights.values()), device=args.device)
 
     def forward_backward(idx, targets):
@@ -188,6 +187,7 @@ def main():
     engine.check_out(args)
     backend, precision, kind = engine.start(args)
     tokens, val, meta = open_data(args)
+
     settings = {name: value for name, value in vars(args).items() if hasattr(Config, name)}
     with one_line(ValueError):
         config = Config(vocab_size=meta["vocab_size"], architecture="llama", **settings)
@@ -203,7 +203,7 @@ def main():
                f"{args.attention} attention, {backend} backend, {kind}; "
                f"data/{args.data}: {meta['source']}")
 
-    def losses_of(idx, targets):
+    def losses_of(idx, targets):                        # those of LOSSES, in this order
         out = model(idx, targets)
         return torch.stack((out.loss, out.loss.new_zeros(()) if out.kl is None else out.kl))
 
