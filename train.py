@@ -152,15 +152,22 @@ def update(model, optimizer, micro_step, tokens, args, step):
     return means
 
 
+def lm_losses(model, idx, targets):
+    """A forward pass on idx, targets (B, T) -> the losses of LOSSES, in that order."""
+    out = model(idx, targets)
+    kl = out.loss.new_zeros(()) if out.kl is None else out.kl
+    return torch.stack((out.loss, kl))
+
+
 def train(model, optimizer, losses_of, weights, tokens, args, precision, steps, val=None):
-    """Lower what losses_of(idx, targets) gives, (n,), each as weights {name: weight} say, in steps
-    of these numbers -> the last losses by name. val: tokens to evaluate on, VALIDATIONS times."""
+    """Lower the losses (n,) of losses_of, which have these names and weights, in steps of these
+    numbers -> the last losses by name. val: tokens to evaluate on, VALIDATIONS times."""
     factors = torch.tensor(list(weights.values()), device=args.device)
 
     def forward_backward(idx, targets):
         """Add a micro-batch's share to the gradients -> its share of the losses."""
         with precision:
-            losses = losses_of(idx, targets) / args.accumulate
+            losses = losses_of(model, idx, targets) / args.accumulate
         (losses @ factors).backward()
         return losses.detach()
 
@@ -203,12 +210,8 @@ def main():
                f"{args.attention} attention, {backend} backend, {kind}; "
                f"data/{args.data}: {meta['source']}")
 
-    def losses_of(idx, targets):                        # those of LOSSES, in this order
-        out = model(idx, targets)
-        return torch.stack((out.loss, out.loss.new_zeros(()) if out.kl is None else out.kl))
-
     begin = time.time()
-    last = train(model, optimizer, losses_of, LOSSES, tokens, args, precision, keeper.steps(), val)
+    last = train(model, optimizer, lm_losses, LOSSES, tokens, args, precision, keeper.steps(), val)
     kl = f"attention_kl {last['kl']:.4f} " if last["kl"] else ""
     engine.say(f"final: val_loss {last['val_loss']:.4f} val_ppl "
                f"{perplexity(last['val_loss']):.3f} train_loss {last['loss']:.4f} {kl}"
