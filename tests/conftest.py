@@ -1,4 +1,5 @@
 """The tests find the repository's files; without a GPU the kernels run in Triton's interpreter."""
+import dataclasses
 import importlib.util
 import os
 import sys
@@ -15,12 +16,28 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture(autouse=True, scope="session")
-def quick_sort():
-    """Triton's interpreter takes a second for a tl.sort; here numpy sorts for it. Compiled code is as it is."""
-    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
-        import triton.language as tl
-        from triton.runtime.interpreter import TensorHandle
+def quick_interpreter():
+    """Half of what Triton's interpreter does is to no purpose here. Compiled code is as it is."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or not importlib.util.find_spec("triton"):
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
 
-        def sort(x, dim):
-            return tl.core.tensor(TensorHandle(np.sort(x.handle.data, axis=dim), x.handle.dtype), x.type)
-        tl.sort = sort
+    # A tl.sort takes it a second: numpy sorts for it.
+    def sort(x, dim):
+        handle = interpreter.TensorHandle(np.sort(x.handle.data, axis=dim), x.handle.dtype)
+        return tl.core.tensor(handle, x.type)
+    tl.sort = sort
+
+    # It works out which integers overflow, and without its option debug tells nobody.
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+
+    # It puts itself in the place of tl's functions at every call of a function in a kernel: once is enough.
+    patch = interpreter._patch_lang
+
+    def patch_once(function):
+        libraries = [x for x in function.__globals__.values() if x is tl or x is tl.core]
+        if any(tl.core.is_builtin(library.load) for library in libraries):
+            return patch(function)
+    interpreter._patch_lang = patch_once
