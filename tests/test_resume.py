@@ -1,18 +1,21 @@
 """A run goes on: after a kill, after Ctrl-C, after a full disk, and on two processes as on one."""
 import argparse
+import importlib
+import io
+import multiprocessing
 import os
 import random
 import re
 import signal
-import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import data.common
 import distill
@@ -20,16 +23,14 @@ from data import engine
 import train
 from model import Config, Transformer
 
-ROOT = Path(train.__file__).parent
 MODEL = "--n-layer 1 --n-head 2 --n-embd 32 --context 32 --keys-per-query 4 --block-size 4"
 TRAIN = f"train --data tiny --device cpu {MODEL} --batch-size 2 --steps 6 --out out"
 DISTILL = ("distill --teacher t.pt --data tiny --device cpu --batch-size 2 --steps 6 --eval-windows 3 "
            "--out out")
-ENVIRONMENT = dict(os.environ, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
-# a script's main where data/ is another folder, which is the first argument
-ELSEWHERE = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; import data.common; "
-             "import train; train.EVAL_WINDOWS = 3; train.LOG_STEPS = 1; train.engine.SAVE_MINUTES = 0; "
-             "data.common.FOLDER = Path(sys.argv.pop(1)); sys.argv.pop(0); __import__(sys.argv[0]).main()")
+OFTEN = (train, "EVAL_WINDOWS", 3), (train, "LOG_STEPS", 1), (engine, "SAVE_MINUTES", 0)
+SCRIPTS = dict(train=train, distill=distill)
+# Forked processes need not import torch once more, but cannot take over a GPU.
+HOW = "spawn" if torch.cuda.is_available() or sys.platform != "linux" else "fork"
 
 
 @pytest.fixture(autouse=True)
@@ -51,34 +52,57 @@ def folder(tmp_path, monkeypatch):
     torch.manual_seed(0)
     teacher = Transformer(Config(256, 32, 1, 2, n_embd=32, attention="dense", keys_per_query=4, block_size=4))
     engine.save_checkpoint(tmp_path / "t.pt", teacher, tokenizer="bytes", data="tiny")
-    monkeypatch.setattr(train, "EVAL_WINDOWS", 3)
-    monkeypatch.setattr(train, "LOG_STEPS", 1)
-    monkeypatch.setattr(engine, "SAVE_MINUTES", 0)
+    for module, name, value in OFTEN:
+        monkeypatch.setattr(module, name, value)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@contextmanager
+def same_signals():
+    """What was to happen at a signal is so again afterwards."""
+    before = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) is not handler:
+                signal.signal(number, handler)
 
 
 def run(line, monkeypatch, capsys):
     """Call a script's main: its exit status, and what it printed to stdout and stderr."""
     name, *arguments = line.split()
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     status = 0
-    try:
-        {"train": train, "distill": distill}[name].main()
-    except SystemExit as stop:
-        status = stop.code
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with same_signals():
+        try:
+            SCRIPTS[name].main()
+        except SystemExit as stop:
+            status = stop.code
     printed = capsys.readouterr()
     return status, printed.out, printed.err
 
 
-def start(line, folder):
-    """Start a script in a process of its own."""
-    return subprocess.Popen([sys.executable, "-c", ELSEWHERE, folder / "data", *line.split()], cwd=folder,
-                            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ENVIRONMENT)
+def be_a_script(line, output, unused=()):
+    """What a process of its own does, in the folder: run a script, which prints to that file."""
+    for file in unused:
+        os.close(file)
+    sys.stdout = open(output, "a", encoding="utf-8")
+    sys.stderr = io.TextIOWrapper(open(output, "ab", buffering=0), write_through=True)
+    data.common.FOLDER = Path("data").resolve()
+    for module, name, value in OFTEN:
+        setattr(module, name, value)
+    sys.argv = line.split()
+    SCRIPTS[sys.argv[0]].main()
+
+
+def start(line, output, unused=()):
+    """Start a script in a process of its own; a forked one has this one's files, and closes the unused."""
+    arguments = line, output, unused if HOW == "fork" else ()
+    process = multiprocessing.get_context(HOW).Process(target=be_a_script, args=arguments, daemon=True)
+    process.start()
+    return process
 
 
 def one_line(err):
@@ -258,13 +282,13 @@ def test_a_kill_while_saving_leaves_a_file_that_loads(folder):
 def test_sigkill_then_resume_in_processes_of_their_own(folder, monkeypatch, capsys):
     """While the first one lives, a second run into its folder is refused; a kill leaves nothing behind."""
     line = f"{TRAIN} --steps 400"
-    killed = start(f"{line} --out killed", folder)
-    while not any(text.startswith("step 5/") for text in killed.stdout):
-        pass
+    killed = start(f"{line} --out killed", Path("said").absolute())
+    while killed.is_alive() and not (Path("said").exists() and "step 5/" in Path("said").read_text()):
+        time.sleep(0.01)
     status, _, err = run(f"{line} --out killed --overwrite", monkeypatch, capsys)
     assert status == 2 and "another run is writing to killed" in err and one_line(err)
     killed.kill()
-    killed.communicate()
+    killed.join()
     step = engine.load_checkpoint("killed/ckpt.pt", "cpu")[1]["step"]
     assert 4 <= step < 400
     stop = step + 5
@@ -292,17 +316,16 @@ def test_a_signal_saves_and_says_how_to_go_on(line, name, folder, monkeypatch, c
 
 def test_a_terminal_that_is_closed(folder):
     """What is printed has nowhere to go then, which must not keep the run from saving."""
-    pty = pytest.importorskip("pty")
-    child, terminal = pty.fork()
-    if child == 0:
-        arguments = [folder / "data", *f"{TRAIN} --steps 100000".split()]
-        os.execve(sys.executable, [sys.executable, "-c", ELSEWHERE, *arguments], ENVIRONMENT)
+    terminal, theirs = pytest.importorskip("pty").openpty()
+    process = start(f"{TRAIN} --steps 100000", os.ttyname(theirs), (terminal, theirs))
     said = b""
     while b"step 7/" not in said:
         said += os.read(terminal, 1000)
-    os.close(terminal)                                   # the system sends SIGHUP
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert status == 128 + signal.SIGHUP
+    os.close(theirs)
+    os.close(terminal)
+    os.kill(process.pid, signal.SIGHUP)                  # as the system does then
+    process.join(60)
+    assert process.exitcode == 128 + signal.SIGHUP
     assert engine.load_checkpoint("out/ckpt.pt", "cpu")[1]["step"] >= 7
 
 
@@ -354,32 +377,23 @@ def test_a_loss_that_is_no_number_stops_the_run(line, folder, monkeypatch, capsy
 
 # ---- several processes
 
-DRIVER = """
-import os, signal, sys
-from pathlib import Path
-sys.path.insert(0, {root!r})
-import data.common, distill, train
-from data import engine
-data.common.FOLDER = Path("data").resolve()
-train.EVAL_WINDOWS = 3
-train.LOG_STEPS = 1
-engine.SAVE_MINUTES = 0
-real = engine.step_batches
+def be_a_rank(lines):
+    """What each of two processes does that torchrun starts: run scripts, one after the other."""
+    importlib.reload(engine)                             # reads who this process is
+    real = engine.step_batches
 
-def batches(tokens, context, args, step):
-    stops = step == 3 and os.environ["RANK"] == "1" and not args.resume    # Ctrl-C reaches one of them
-    if stops and not args.overwrite:
-        signal.raise_signal(signal.SIGINT)
-    return real(tokens, context, args, step)
+    def batches(tokens, context, args, step):
+        stops = step == 3 and engine.RANK == 1 and not args.resume         # Ctrl-C reaches one of them
+        if stops and not args.overwrite:
+            signal.raise_signal(signal.SIGINT)
+        return real(tokens, context, args, step)
 
-engine.step_batches = batches
-for line in {lines!r}:
-    sys.argv = line.split()
-    try:
-        dict(train=train, distill=distill)[sys.argv[0]].main()
-    except SystemExit as stop:
-        print("status", stop.code)
-"""
+    engine.step_batches = batches
+    for line in lines:
+        try:
+            be_a_script(line, f"said-{engine.RANK}")
+        except SystemExit as stop:
+            print("status", stop.code)
 
 
 def test_two_processes_are_one_with_twice_the_accumulation(folder, monkeypatch, capsys):
@@ -389,17 +403,18 @@ def test_two_processes_are_one_with_twice_the_accumulation(folder, monkeypatch, 
     lines = [f"{TRAIN} --out train", f"{TRAIN} --out train --resume", f"{DISTILL} --out distill",
              f"{DISTILL} --out distill --overwrite"]
     lines = [f"{line} --accumulate 2{whole}" for line in lines]
-    Path("driver.py").write_text(DRIVER.format(root=str(ROOT), lines=lines))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    two = subprocess.Popen([*torchrun, "driver.py"], text=True, env=ENVIRONMENT, stdout=subprocess.PIPE,
-                           stderr=subprocess.STDOUT)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    torchrun = LaunchConfig(1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="test",
+                            start_method=HOW, max_restarts=0)
+    with same_signals():
+        elastic_launch(torchrun, be_a_rank)(lines)
     alone = ""
     for line in (TRAIN, DISTILL):
         status, out, _ = run(f"{line} --out one-{line.split()[0]} --accumulate 4{whole}", monkeypatch, capsys)
         alone += out
-    printed, _ = two.communicate(timeout=120)
+    printed = Path("said-0").read_text()
     print(printed)
-    assert two.returncode == 0 and printed.count("status 130") == 2 == printed.count("final:")
+    assert printed.count("status 130") == 2 == printed.count("final:")
     assert printed.count("step 6/6") == 2                                # only the first one prints
     assert told(printed) == pytest.approx(told(alone), abs=2e-4) and len(told(alone)) == 6
     val = data.common.load("tiny")[1]
