@@ -208,8 +208,8 @@ def moments(k, block_size, coarse):
 #   for each C columns:
 #       x = scores as integers of the same order, LOWEST where a block is no rival
 #       push x on stacks: slot c of a query keeps the DEPTH largest of columns c, c + C, c + 2C, ...
-#   n times:  pop the largest of all slots
-#   if a slot ran dry that may have dropped something (rare), once more:
+#   n times:  pop the largest of all slots; a slot keeps its last one
+#   if one was popped twice, its slot may have dropped larger ones (rare). Then once more:
 #       for each C columns:  while the largest x of a query beats the least of the n it keeps, swap
 #   join the n of each query, block 0 and the one before to a list for each tile
 #
@@ -287,11 +287,11 @@ def push(stack, x):
 
 @triton.jit
 def pop(stack, hit):
-    """The stacks without their largest, where hit."""
+    """The stacks without their largest, where hit; the last one of a stack stays in it."""
     popped = ()
     for d in tl.static_range(len(stack) - 1):
         popped = popped + (tl.where(hit, stack[d + 1], stack[d]),)
-    return popped + (tl.where(hit, LOWEST, stack[len(stack) - 1]),)
+    return popped + (stack[len(stack) - 1],)
 
 
 @triton.jit
@@ -325,16 +325,20 @@ def by_stacks(queries, blocks, inside, columns, inner, n, grain, M: tl.constexpr
         low = grain - 1 - start // C
         x = ranked(queries, blocks, inside, start + c, grain, low, edge, D, Z)
         stack = push(stack, x)
-    full = stack[DEPTH - 1] > LOWEST
 
+    place = tl.arange(0, N)[None, :]
     chosen = tl.full([M, N], -1, tl.int32)
     for i in range(n):
         best = tl.max(stack[0], 1)
         slot = tl.min(tl.where(stack[0] == best[:, None], c[None, :], C), 1)   # first if equal
         stack = pop(stack, c[None, :] == slot[:, None])
         column = tl.where(best > LOWEST, (grain - 1 - (best & grain - 1)) * C + slot, -1)
-        chosen = tl.where(tl.arange(0, N)[None, :] == i, column[:, None], chosen)
-    return chosen, tl.max((full & (stack[0] == LOWEST)).to(tl.int32)) == 0
+        chosen = tl.where(place == i, column[:, None], chosen)
+
+    # Is the last one taken twice? Then its slot ran dry, and may have dropped larger ones.
+    last = tl.max(tl.where(place == n - 1, chosen, -1), 1)
+    twice = (place == n - 2) & (chosen == last[:, None]) & (chosen >= 0)
+    return chosen, tl.max(twice.to(tl.int32)) == 0
 
 
 @triton.jit
