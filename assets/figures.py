@@ -295,7 +295,8 @@ def draw_chance(path_csv, path):
                     axis.axhline(points[0][1], color=color, label=estimate)
             axis.set(xscale="log", ylabel=name)
             axis.grid(alpha=0.3)
-    axes[0, 0].legend(frameon=False, loc="lower right")
+    lines = {line.get_label(): line for axis in axes[0] for line in axis.lines}
+    axes[0, 0].legend(lines.values(), lines, frameon=False, loc="lower right")
     figure.savefig(path, dpi=110)
 
 
