@@ -209,7 +209,7 @@ def moments(k, block_size, coarse):
 #       x = scores as integers of the same order, LOWEST where a block is no rival
 #       push x on stacks: slot c of a query keeps the DEPTH largest of columns c, c + C, c + 2C, ...
 #   n times:  pop the largest of all slots; a slot keeps its last one
-#   if one was popped twice, its slot may have dropped larger ones (rare). Then once more:
+#   if the last two are the same, that slot may have dropped larger ones (rare). Then once more:
 #       for each C columns:  while the largest x of a query beats the least of the n it keeps, swap
 #   join the n of each query, block 0 and the one before to a list for each tile
 #
@@ -317,7 +317,7 @@ def join(block, real, out, head, g, M: tl.constexpr, N: tl.constexpr, TILE: tl.c
 @triton.jit
 def by_stacks(queries, blocks, inside, columns, inner, n, grain, M: tl.constexpr, N: tl.constexpr,
               C: tl.constexpr, DEPTH: tl.constexpr, D: tl.constexpr, Z: tl.constexpr):
-    """Columns of the n largest (M, N), -1 if there are fewer, and whether no slot has lost one."""
+    """Columns of the n largest (M, N), -1 if there are fewer, and whether they surely are those."""
     c = tl.arange(0, C)
     stack = (tl.full([M, C], LOWEST, tl.int32),) * DEPTH
     for start in range(0, columns, C):
@@ -335,7 +335,8 @@ def by_stacks(queries, blocks, inside, columns, inner, n, grain, M: tl.constexpr
         column = tl.where(best > LOWEST, (grain - 1 - (best & grain - 1)) * C + slot, -1)
         chosen = tl.where(place == i, column[:, None], chosen)
 
-    # Is the last one taken twice? Then its slot ran dry, and may have dropped larger ones.
+    # A slot keeps its last one, which is popped for ever once it is the largest: the slot ran dry,
+    # and may have dropped larger ones than came next, where the last two are the same.
     last = tl.max(tl.where(place == n - 1, chosen, -1), 1)
     twice = (place == n - 2) & (chosen == last[:, None]) & (chosen >= 0)
     return chosen, tl.max(twice.to(tl.int32)) == 0

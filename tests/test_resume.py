@@ -6,7 +6,9 @@ import multiprocessing
 import os
 import random
 import re
+import select
 import signal
+import subprocess
 import sys
 import time
 from contextlib import contextmanager, nullcontext
@@ -19,6 +21,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import data.common
 import distill
+from conftest import HOW
 from data import engine
 import train
 from model import Config, Transformer
@@ -29,8 +32,6 @@ DISTILL = ("distill --teacher t.pt --data tiny --device cpu --batch-size 2 --ste
            "--out out")
 OFTEN = (train, "EVAL_WINDOWS", 3), (train, "LOG_STEPS", 1), (engine, "SAVE_MINUTES", 0)
 SCRIPTS = dict(train=train, distill=distill)
-# Forked processes need not import torch once more, but cannot take over a GPU.
-HOW = "spawn" if torch.cuda.is_available() or sys.platform != "linux" else "fork"
 
 
 @pytest.fixture(autouse=True)
@@ -320,7 +321,9 @@ def test_a_terminal_that_is_closed(folder):
     process = start(f"{TRAIN} --steps 100000", os.ttyname(theirs), (terminal, theirs))
     said = b""
     while b"step 7/" not in said:
-        said += os.read(terminal, 1000)
+        assert process.is_alive() or select.select([terminal], [], [], 0)[0], said
+        if select.select([terminal], [], [], 1)[0]:
+            said += os.read(terminal, 1000)
     os.close(theirs)
     os.close(terminal)
     os.kill(process.pid, signal.SIGHUP)                  # as the system does then
@@ -407,7 +410,10 @@ def test_two_processes_are_one_with_twice_the_accumulation(folder, monkeypatch, 
     torchrun = LaunchConfig(1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="test",
                             start_method=HOW, max_restarts=0)
     with same_signals():
+        signal.signal(signal.SIGALRM, lambda number, frame: pytest.fail("the ranks wait for each other"))
+        signal.alarm(120)
         elastic_launch(torchrun, be_a_rank)(lines)
+        signal.alarm(0)
     alone = ""
     for line in (TRAIN, DISTILL):
         status, out, _ = run(f"{line} --out one-{line.split()[0]} --accumulate 4{whole}", monkeypatch, capsys)
@@ -423,3 +429,12 @@ def test_two_processes_are_one_with_twice_the_accumulation(folder, monkeypatch, 
         one, two = [train.evaluate(model, val, 2, 50, nullcontext()) for model in models]
         print(name, one, two)
         assert two == pytest.approx(one, abs=1e-4)
+
+
+def test_torchrun_trains(folder):
+    """The command of train.py's head, in a process of its own."""
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", train.__file__,
+            *TRAIN.split()[1:], "--steps=1", f"--data={folder / 'data' / 'tiny'}"]
+    environment = dict(os.environ, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.count("step 1/1") == 1 == done.stdout.count("final:"), done

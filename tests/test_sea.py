@@ -9,6 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import sea
+from conftest import HOW
 
 
 def error(x, reference):
@@ -380,12 +381,11 @@ def grow_by_a_long_text(connection, T=8192):
 
 def test_memory_does_not_grow_with_the_square():
     """T x T in float32 is 1 GiB for 4 heads; this takes a sixth of that."""
-    # A forked process need not import torch once more, but is not to be had everywhere.
-    processes = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    processes = multiprocessing.get_context(HOW)
     connection, theirs = processes.Pipe()
     process = processes.Process(target=grow_by_a_long_text, args=(theirs,))
     process.start()
-    process.join()
+    process.join(60)
     assert process.exitcode == 0
     grown = connection.recv()
     assert 0 < grown < 0.4 * 2 ** 30, grown

@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from conftest import HOW
 from model import ATTENTIONS, Config, Transformer
 
 KINDS = pytest.mark.parametrize("attention", ATTENTIONS)
@@ -141,9 +142,7 @@ def shard(model):
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="torch has no gloo here")
 def test_two_processes_with_whole_and_with_sharded_weights(tmp_path):
-    # Forked processes need not import torch once more, but cannot take over a GPU.
-    how = "spawn" if torch.cuda.is_available() or sys.platform != "linux" else "fork"
-    torch.multiprocessing.start_processes(ranks_are_the_same, (tmp_path,), 2, start_method=how)
+    torch.multiprocessing.start_processes(ranks_are_the_same, (tmp_path,), 2, start_method=HOW)
 
 
 if __name__ == "__main__":
