@@ -64,7 +64,7 @@ def parse_arguments():
     return args
 
 
-def distillation_losses(teacher, student, idx, targets):
+def distillation_losses(student, idx, targets, teacher):
     """One forward of both on idx, targets (B, T) -> the losses of LOSSES, in that order."""
     with torch.no_grad():
         wanted = teacher(idx, trace=True)
@@ -140,7 +140,7 @@ def distill(student, teacher, tokens, args, precision, optimizer, steps=None):
     """Train the student -> the last losses. steps: their numbers, 1 to args.steps if None."""
     student.train()
     teacher.eval()
-    losses_of = partial(distillation_losses, teacher)
+    losses_of = partial(distillation_losses, teacher=teacher)
     steps = steps or range(1, args.steps + 1)
     return train.train(student, optimizer, losses_of, LOSSES, tokens, args, precision, steps)
 

@@ -27,7 +27,9 @@ PRESETS = {
                  batch_size=8, steps=2000, lr=2e-3),
     "cpu": dict(n_layer=4, n_head=4, n_embd=128, context=128, block_size=4, keys_per_query=8,
                 batch_size=12, steps=1400, lr=2.5e-3)}
-LOSSES = dict(loss=1.0, kl=0.1)      # how much each counts: the text's, and paper's estimate's
+LOSSES = dict(            # what is lowered, and how much each counts
+    loss=1.0,             # of the next token
+    kl=0.1)               # KL of paper's estimate and the model's own attention
 WEIGHT_DECAY = 0.1        # of the blocks' matrices; nothing else decays
 CLIP = 1.0                # largest norm of the gradient
 LOG_STEPS = 10            # steps between lines
@@ -93,13 +95,15 @@ def learning_rate(step, peak, steps):
 
 def open_data(args, split="val"):
     """Tokens to train on, those to evaluate on, and meta data."""
-    with engine.first_rank_first(args.device):                # it may have to prepare data/stdlib
-        train, held_out, meta = common.load(args.data, split)
-    shorter = min(len(train), len(held_out))
+    with engine.first_rank_first(args.device):
+        if args.data == "stdlib":
+            common.prepare_stdlib()
+    tokens, held_out, meta = common.load(args.data, split)
+    shorter = min(len(tokens), len(held_out))
     if shorter <= args.context:
-        fail(f"data/{args.data} has {len(train):,} tokens to train on and {len(held_out):,} to "
+        fail(f"data/{args.data} has {len(tokens):,} tokens to train on and {len(held_out):,} to "
              f"evaluate; give a --context under {shorter}")
-    return train, held_out, meta
+    return tokens, held_out, meta
 
 
 @torch.no_grad()
@@ -159,10 +163,13 @@ def lm_losses(model, idx, targets):
     return torch.stack((out.loss, kl))
 
 
-def train(model, optimizer, losses_of, weights, tokens, args, precision, steps, val=None):
-    """Lower the losses (n,) of losses_of, which have these names and weights, in steps of these
-    numbers -> the last losses by name. val: tokens to evaluate on, VALIDATIONS times."""
-    factors = torch.tensor(list(weights.values()), device=args.device)
+def train(model, optimizer, losses_of, shares, tokens, args, precision, steps, val=None):
+    """The loop of train.py and distill.py -> the last losses by name.
+
+    losses_of(model, idx, targets) gives losses (n,), shares their names and how much each counts.
+    steps: numbers of the steps to do. val: tokens to evaluate on, VALIDATIONS times.
+    """
+    factors = torch.tensor(list(shares.values()), device=args.device)
 
     def forward_backward(idx, targets):
         """Add a micro-batch's share to the gradients -> its share of the losses."""
@@ -180,7 +187,7 @@ def train(model, optimizer, losses_of, weights, tokens, args, precision, steps, 
 
         validate = val is not None and step * VALIDATIONS % args.steps < VALIDATIONS
         if validate or step % LOG_STEPS == 0 or step == args.steps:
-            losses = dict(zip(weights, engine.mean_of_ranks(means).tolist()))
+            losses = dict(zip(shares, engine.mean_of_ranks(means).tolist()))
             if validate:
                 losses["val_loss"] = evaluate(model, val, args.batch_size, EVAL_WINDOWS, precision)
             report(args, step, losses, seconds)
@@ -195,7 +202,8 @@ def main():
     backend, precision, kind = engine.start(args)
     tokens, val, meta = open_data(args)
 
-    settings = {name: value for name, value in vars(args).items() if hasattr(Config, name)}
+    settings = {name: value for name, value in vars(args).items()
+                if name in Config.__dataclass_fields__}
     with one_line(ValueError):
         config = Config(vocab_size=meta["vocab_size"], architecture="llama", **settings)
     engine.check_fit(config, args.batch_size, args.device)

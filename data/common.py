@@ -199,18 +199,19 @@ def write_whole(path, content):
         file.write(content)
 
 
-def load(name, held_out="val"):
-    """data/NAME -> tokens (uint16) of the splits train and `held_out`, and meta.
+def prepare_stdlib():
+    """The embedded data set, if it is not there: that takes nothing but Python."""
+    if not (FOLDER / "stdlib" / "meta.json").exists():
+        if subprocess.run([sys.executable, SCRIPTS / "stdlib.py"]).returncode:
+            raise SystemExit(2)
 
-    data/stdlib is prepared if it is not there: that takes nothing but Python.
-    """
+
+def load(name, held_out="val"):
+    """data/NAME -> tokens (uint16) of the splits train and `held_out`, and meta."""
     folder = FOLDER / name
     own_script = name in DATA_SETS and name != "text"
     script = f"{name}.py" if own_script else f"text.py FILE --name {name}"
     again = f"prepare it again: python data/{script}"
-    if name == "stdlib" and not (folder / "meta.json").exists():
-        if subprocess.run([sys.executable, SCRIPTS / "stdlib.py"]).returncode:
-            raise SystemExit(2)
     if not (folder / "meta.json").is_file():
         there = sorted(path.parent.name for path in FOLDER.glob("*/meta.json"))
         fail(f"no data set data/{name}; ready: {', '.join(there) or 'none'}; "

@@ -9,6 +9,7 @@ import sys
 import threading
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -339,6 +340,18 @@ def test_two_writers_do_not_meet(tmp_path):
         content = path.read_bytes()
         assert len(content) == 100_000 and len(set(content)) == 1
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_embedded_data_set_is_prepared_where_it_is_missing(tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(common, "FOLDER", tmp_path)
+    monkeypatch.setattr(common.subprocess, "run", lambda x: commands.append(x) or SimpleNamespace(returncode=2))
+    with pytest.raises(SystemExit, match="2"):
+        common.prepare_stdlib()
+    assert [Path(command[-1]).name for command in commands] == ["stdlib.py"]
+    common.write_whole(common.make_folder("stdlib") / "meta.json", b"{}")
+    common.prepare_stdlib()
+    assert len(commands) == 1
 
 
 @pytest.mark.parametrize("write", [lambda file: file.write(bytes(10 ** 6)),

@@ -55,7 +55,7 @@ def student_of(teacher, attention="sea", **settings):
 
 
 def losses_of(student, teacher, batch):
-    return dict(zip(distill.LOSSES, distill.distillation_losses(teacher, student, *batch)))
+    return dict(zip(distill.LOSSES, distill.distillation_losses(student, *batch, teacher)))
 
 
 def test_a_student_whose_budget_covers_the_past_is_its_teacher(teacher, tokens):
