@@ -453,11 +453,11 @@ class Transformer(nn.Module):
 
         choose = partial(sample, temperature=temperature, top_k=top_k, ids=ids)
         context = self.config.context
-        keeps = hasattr(self.layers[0].self_attn.attention, "decode")
+        cached = hasattr(self.layers[0].self_attn.attention, "decode")
         text = idx[:, -context:]
         while max_new_tokens > 0:
-            # Tokens from one reading of the text: until the context is full, or just the next.
-            count = min(max_new_tokens, context + 1 - text.shape[1]) if keeps else 1
+            # Until the context is full; kinds without a cache read the text again for each token.
+            count = min(max_new_tokens, context + 1 - text.shape[1]) if cached else 1
             for token in self.continued(text, count, choose, graph):
                 if (token < 0).any():
                     raise FloatingPointError("the logits are no numbers: the weights are spoilt")
@@ -477,11 +477,11 @@ class Transformer(nn.Module):
             token.copy_(choose(self.decode(token, position, caches)))
             position.add_(1)
 
-        for i in range(count):
-            if i == 2 and graph:                    # a first step has made all kernels ready
+        yield token.clone()
+        for i in range(1, count):
+            if i == 2 and graph:                    # the first step has made all kernels ready
                 step = captured(step)
-            if i > 0:
-                step()
+            step()
             yield token.clone()
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
