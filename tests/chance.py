@@ -214,13 +214,12 @@ def main():
     torch.manual_seed(args.seed)
     ATTENTIONS["gate"] = Gate
     ablate.VARIANTS["gate"] = "gate", {}
-    students = {}
-    for name in ("sea", "window", "true mass", *LEARNED):
-        students[name] = make_student(ablate.VARIANTS[name][0], teacher, args)
-        tell(name, students[name])
-    for name in args.only:
-        for step, seconds in learn(name, students[name], teacher, tokens, args, precision):
-            tell(name, students[name], step, seconds, seconds >= 60 * args.minutes)
+    for name in ("sea", "window", "true mass", *args.only):
+        student = make_student(ablate.VARIANTS[name][0], teacher, args)
+        tell(name, student)
+        if name in LEARNED:
+            for step, seconds in learn(name, student, teacher, tokens, args, precision):
+                tell(name, student, step, seconds, seconds >= 60 * args.minutes)
 
 
 if __name__ == "__main__":
