@@ -396,7 +396,7 @@ def be_a_rank(lines):
         try:
             be_a_script(line, f"said-{engine.RANK}")
         except SystemExit as stop:
-            print("status", stop.code)
+            print("status", stop.code, flush=True)
 
 
 def test_two_processes_are_one_with_twice_the_accumulation(folder, monkeypatch, capsys):
