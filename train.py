@@ -172,7 +172,7 @@ def train(model, optimizer, losses_of, shares, tokens, args, precision, steps, v
     factors = torch.tensor(list(shares.values()), device=args.device)
 
     def forward_backward(idx, targets):
-        """Add a micro-batch's share to the gradients -> its share of the losses."""
+        """Add a micro-batch's part to the gradients -> its part of the losses."""
         with precision:
             losses = losses_of(model, idx, targets) / args.accumulate
         (losses @ factors).backward()
