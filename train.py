@@ -139,23 +139,6 @@ def report(args, step, losses, seconds):
                f"{left // 60}:{left % 60:02d} left")
 
 
-def update(model, optimizer, micro_step, tokens, args, step):
-    """One step of the optimizer -> the mean losses of its micro-batches."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, args.lr, args.steps) * group["times"]
-
-    means = 0.
-    for idx, targets in engine.step_batches(tokens, model.config.context, args, step):
-        means += micro_step(idx, targets)           # forward and backward: gradients add up
-
-    engine.average_gradients(model)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-    engine.check_finite(norm, step)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=False)          # engine.Recorded adds to them in place
-    return means
-
-
 def lm_losses(model, idx, targets):
     """A forward pass on idx, targets (B, T) -> the losses of LOSSES, in that order."""
     out = model(idx, targets)
@@ -172,17 +155,25 @@ def train(model, optimizer, losses_of, shares, tokens, args, precision, steps, v
     factors = torch.tensor(list(shares.values()), device=args.device)
 
     def forward_backward(idx, targets):
-        """Add a micro-batch's part to the gradients -> its part of the losses."""
         with precision:
             losses = losses_of(model, idx, targets) / args.accumulate
-        (losses @ factors).backward()
+        (losses @ factors).backward()                   # gradients add up
         return losses.detach()
 
     micro_step = engine.Recorded(forward_backward, model)
     seconds = []
     for step in steps:
         begin = time.time()
-        means = update(model, optimizer, micro_step, tokens, args, step)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args.lr, args.steps) * group["times"]
+        means = 0.
+        for batch in engine.step_batches(tokens, model.config.context, args, step):
+            means += micro_step(*batch)
+        engine.average_gradients(model)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        engine.check_finite(norm, step)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)          # engine.Recorded adds to them in place
         seconds.append(time.time() - begin)
 
         validate = val is not None and step * VALIDATIONS % args.steps < VALIDATIONS
