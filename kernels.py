@@ -220,13 +220,14 @@ def moments(k, block_size, coarse):
 @triton.jit
 def columns_of(queries, inside, column, Z: tl.constexpr):
     """Blocks (C,) behind columns, and which of them the queries look at (M, C)."""
-    _, _, own, query_bit = queries
+    _, _, own = queries
     near, address, count, first_wide = inside
     if near is None:
         block = column
         seen = (column >= 0)[None, :]
     else:
         wide, bits = entries(near, address, count, column // Z, first_wide)
+        query_bit = 1 << tl.arange(0, own.shape[0])
         lies_in = (column // Z >= count)[None, :] & (wide[None, :] == own // Z)
         seen = ((bits[None, :] & query_bit[:, None]) != 0) | lies_in
         block = wide * Z + column % Z
@@ -264,7 +265,7 @@ def ranked(queries, blocks, inside, column, grain, low, edge, D: tl.constexpr, Z
 
     At an edge, where not all blocks are rivals, LOWEST stands for those that are not.
     """
-    q1, q2, own, _ = queries
+    q1, q2, own = queries
     moments, b, h, W = blocks
     block, seen = columns_of(queries, inside, column, Z)
     mean, half = load_moments(moments, b, h, block, block < W, D)   # (C, D)
@@ -376,8 +377,7 @@ def choose_kernel(q, moments, near, out, scale, T, R, W, n, grain, H, HKV, D: tl
     row = g * M + tl.arange(0, M)
     own = tl.where(row < R, (T - R + row) // S, -1)[:, None]        # (M, 1), -1: no row
     q1, q2 = features(q, b, h, row, row < R, scale, D)              # (M, D)
-    query_bit = (1 << tl.arange(0, M) % 32).to(tl.int32)            # read with near, where M is 16
-    queries = q1, q2, own, query_bit
+    queries = q1, q2, own
     blocks = moments, b, h // (H // HKV), W
 
     first_wide = (T - R + g * M) // S // Z

@@ -73,7 +73,7 @@ def load(args):
     return model.eval(), enc
 
 
-def write_text(model, enc, idx, args):
+def write_text(model, enc, idx, args, graph):
     torch.manual_seed(args.seed)
     # A character may span several tokens; half a surrogate pair of the prompt cannot be shown.
     to_text = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -82,7 +82,7 @@ def write_text(model, enc, idx, args):
     # Weights of the type to compute in; with the kernels a token is one CUDA graph.
     _, dtype = engine.pick_precision(args.device)
     model.to(getattr(torch, dtype))
-    choice = args.temperature, args.top_k or None, ids, args.backend == "triton"
+    choice = args.temperature, args.top_k or None, ids, graph
     tokens = 0
     begin = time.perf_counter()
     with suppress(KeyboardInterrupt):                      # Ctrl-C ends the text
@@ -102,7 +102,7 @@ def write_text(model, enc, idx, args):
 @one_line(OSError, FloatingPointError)
 def main():
     args = parse_arguments()
-    args.backend = engine.pick_backend(args.device, args.kernels)
+    backend = engine.pick_backend(args.device, args.kernels)
     model, enc = load(args)
     prompt = [enc.bos] if hasattr(enc, "bos") else []                  # OPT's texts begin with </s>
     prompt += enc.encode_ordinary(args.prompt or "\n")
@@ -113,7 +113,7 @@ def main():
     if args.page:
         write_page(model, enc, idx, args.page, args.layers)
     else:
-        write_text(model, enc, idx, args)
+        write_text(model, enc, idx, args, backend == "triton")
 
 
 if __name__ == "__main__":

@@ -291,7 +291,7 @@ def draw_chance(path_csv, path):
                 trained = [point for point in points if point[0]]
                 if trained:
                     axis.plot(*zip(*trained), "o-", ms=3, color=color, label=f"{estimate}, trained")
-                elif points and estimate != "gate":                 # which is sea before training
+                elif points:
                     axis.axhline(points[0][1], color=color, label=estimate)
             axis.set(xscale="log", ylabel=name)
             axis.grid(alpha=0.3)
