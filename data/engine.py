@@ -206,7 +206,8 @@ class Keeper:
         self.settings = settings_of(args, model, tokens, teacher)
         self.content = {}
         self.step = 0
-        self.signal = 0
+        self.signal = 0                          # the number of the first one that came
+        self.signalled = 0.                      # when it came
         if args.resume:
             self.content, self.step = resume(self.path, model, optimizer, self.settings)
         self.content |= dict(tokenizer=tokenizer, data=args.data)
@@ -232,9 +233,16 @@ class Keeper:
                 raise SystemExit(128 + (self.signal or signal.SIGINT))
 
     def stop(self, number, frame):
-        """A first signal lets the step end, so that none is cut in two; a second one does not."""
+        """A first signal lets the step end, so that none is cut in two; a second one does not.
+
+        One within a second is the first again: torchrun passes on what the terminal sent to all.
+        """
+        if self.signal:
+            if time.time() - self.signalled > 1:
+                raise KeyboardInterrupt
+            return
         self.signal = number
-        signal.signal(number, signal.default_int_handler)
+        self.signalled = time.time()
         if RANK == 0:
             with suppress(OSError):                       # after SIGHUP the terminal is closed
                 print("stopping after this step; once more: at once", file=sys.stderr)

@@ -305,8 +305,13 @@ def test_sigkill_then_resume_in_processes_of_their_own(folder, monkeypatch, caps
 def test_a_signal_saves_and_says_how_to_go_on(line, name, folder, monkeypatch, capsys):
     run(f"{line} --out whole", monkeypatch, capsys)
     number = getattr(signal, name)
+
+    def as_under_torchrun():
+        for _ in range(2):                               # by the terminal, and passed on
+            signal.raise_signal(number)
+
     with monkeypatch.context() as patch:
-        kill_in_step(3, patch, lambda: signal.raise_signal(number))
+        kill_in_step(3, patch, as_under_torchrun)
         patch.setattr(engine, "SAVE_MINUTES", 5)
         status, out, err = run(f"{line} --out parts", patch, capsys)
     assert status == 128 + number and "step 3 of 6" in out.splitlines()[-1] and "--resume" in out
@@ -333,7 +338,12 @@ def test_a_terminal_that_is_closed(folder):
 
 
 def test_a_second_ctrl_c_stops_at_once(folder, monkeypatch, capsys):
-    kill_in_step(3, monkeypatch, lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
+    def twice():
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(1.1)
+        signal.raise_signal(signal.SIGINT)
+
+    kill_in_step(3, monkeypatch, twice)
     status, _, err = run(TRAIN, monkeypatch, capsys)
     assert status == 2 and "--resume" in err.splitlines()[-1] and "Traceback" not in err
     assert engine.load_checkpoint("out/ckpt.pt", "cpu")[1]["step"] == 2

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
@@ -135,9 +136,10 @@ def ranks_are_the_same(rank, folder):
 
 
 def shard(model):
+    mesh = init_device_mesh("cpu", (2,))                 # fully_shard itself would take GPUs that are there
     for block in model.layers:
-        fully_shard(block)
-    return fully_shard(model)
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="torch has no gloo here")
