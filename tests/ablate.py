@@ -16,6 +16,7 @@ on the same batches and losses: "dense continued".
 """
 import argparse
 import csv
+import math
 import sys
 import time
 from contextlib import contextmanager
@@ -158,6 +159,22 @@ def best(rivals, n):
     return taken & (rivals != -torch.inf)
 
 
+def counting_the_rest(share):
+    """An attend for which each other block is one more key and value, their means, that counts share S times.
+
+    Linear attention to what is not chosen, in short; the paper mixes in the mean of all values.
+    """
+    def attend(q, k, v, chosen, block_size):
+        means = [whole_blocks(x, block_size).unflatten(-1, (block_size, -1)).mean(3) for x in (k, v)]
+        block, own = block_and_own(chosen, block_size, k.shape[2] - q.shape[2])
+        mask = torch.cat((sea.chosen_keys(chosen, k.shape[2], block_size), (block < own) & ~chosen), -1)
+        scores = products(q, torch.cat((k, means[0]), 2))                        # (B, H, R, T + W)
+        scores = scores + F.pad(torch.zeros_like(block) + math.log(share * block_size), (k.shape[2], 0))
+        v = torch.cat((v, means[1]), 2).repeat_interleave(q.shape[1] // v.shape[1], 1)
+        return scores.masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype) @ v
+    return attend
+
+
 # name: kind of attention, functions of sea.py in their new form
 VARIANTS = {
     "dense": ("dense", {}),
@@ -176,6 +193,8 @@ VARIANTS = {
     "last two forced": ("sea", dict(select=forcing(True, 2))),
     "budget shared by heads": ("sea", dict(select=shared_by_heads)),
     "choice of a key group": ("sea", dict(block_scores=of_key_group)),
+    "the rest by its means": ("sea", dict(attend=counting_the_rest(1))),
+    "a third of the rest": ("sea", dict(attend=counting_the_rest(1 / 3))),
     "window": ("window", {}),
     "paper": ("paper", {}),
     "performer": ("performer", {}),

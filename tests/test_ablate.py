@@ -35,7 +35,7 @@ def mass_on(blocks):
     return (sea.block_mass(q, k, S) * blocks)[:, :, T // 2:].sum(-1).mean()
 
 
-CHOOSING = [name for name, (kind, functions) in ablate.VARIANTS.items() if functions]
+CHOOSING = [name for name, (_, functions) in ablate.VARIANTS.items() if functions and "attend" not in functions]
 
 
 @pytest.mark.parametrize("name", CHOOSING)
@@ -91,6 +91,20 @@ def test_forcing_what_sea_forces_is_sea():
     scores = torch.randn(1, H, T, T // S, generator=torch.Generator().manual_seed(0))
     scores = ablate.before_own(scores, S, 0)
     assert torch.equal(ablate.forcing(True, 1)(scores, S, 3), sea.select(scores, S, 3))
+
+
+@pytest.mark.parametrize("length", [T, T - 3])
+def test_the_rest_by_its_means_is_dense_where_means_say_all(length):
+    """Keys and values that are the same throughout a block."""
+    q, k, v = qkv()
+    q, k, v = q[:, :, -length:], k[:, :, ::S].repeat_interleave(S, 2), v[:, :, ::S].repeat_interleave(S, 2)
+    with ablate.as_variant("the rest by its means"):
+        found = sea.sea_attention(q, k, v, S, K)
+    dense = torch.nn.functional.scaled_dot_product_attention
+    mask = torch.ones(length, T, dtype=torch.bool).tril(T - length)
+    assert torch.allclose(found, dense(q, k, v, attn_mask=mask, enable_gqa=True), atol=1e-5)
+    with ablate.as_variant("a third of the rest"):
+        assert not torch.allclose(found, sea.sea_attention(q, k, v, S, K), atol=1e-2)
 
 
 @pytest.mark.parametrize("attention", ["sea", "window", "paper"])
