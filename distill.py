@@ -12,6 +12,7 @@ attention is replaced, and it learns to match what the teacher computes.
 Without flags the student has sea attention, and S, K, T and data are the teacher's; published
 weights have a preset, T included. --resume, torchrun, Ctrl-C and mistakes are as train.py says.
 """
+import os
 import sys
 import time
 from functools import partial
@@ -61,6 +62,8 @@ def parse_arguments():
         args = engine.parse(parser, PUBLISHED)
         name = Path(args.teacher).name
     args.out = Path(args.out or f"out/{name}-{args.attention or 'sea'}")
+    if os.path.realpath(args.out / "ckpt.pt") == os.path.realpath(args.teacher):
+        fail(f"--out {args.out} is the teacher's folder; give another one")
     return args
 
 

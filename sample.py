@@ -56,8 +56,7 @@ def load(args):
     model, tokenizer, _ = engine.load_model(args.checkpoint, args.device)
     attention = args.attention or model.config.attention
     if args.page and attention != "sea":
-        fail(f"{args.checkpoint} is a model with {attention} attention, which has no estimate to "
-             "show; give --attention sea")
+        fail(f"{attention} attention has no estimate to show; give --attention sea")
     if args.keys_per_query and attention not in CHOOSING:
         fail(f"{attention} attention chooses no keys; leave out --keys-per-query")
     if max(args.layers or [0]) >= model.config.n_layer:

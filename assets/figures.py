@@ -52,7 +52,10 @@ def parse_arguments():
     parser.add_argument("--tokens", type=int, default=384, help="of held-out text (default: 384)")
     parser.add_argument("--layer", type=int, default=10, help="to draw, from 0 (default: 10)")
     parser.add_argument("--head", type=int, default=4, help="to draw, from 0 (default: 4)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not (args.table or args.bench or args.mass or args.chance or args.checkpoint):
+        parser.error("give one of --table, --bench, --mass, --chance, --checkpoint")
+    return args
 
 
 # --------------------------------------------------------------------------------------------------

@@ -209,8 +209,9 @@ def prepare_stdlib():
 def load(name, held_out="val"):
     """data/NAME -> tokens (uint16) of the splits train and `held_out`, and meta."""
     folder = FOLDER / name
+    shown = Path("data") / name                      # a whole path stays as it is
     own_script = name in DATA_SETS and name != "text"
-    script = f"{name}.py" if own_script else f"text.py FILE --name {name}"
+    script = f"{name}.py" if own_script else f"text.py FILE --name {folder.name}"
     again = f"prepare it again: python data/{script}"
     if not (folder / "meta.json").is_file():
         there = sorted(path.parent.name for path in FOLDER.glob("*/meta.json"))
@@ -219,11 +220,11 @@ def load(name, held_out="val"):
     try:
         meta = read_meta(folder / "meta.json")
     except DAMAGED:
-        fail(f"data/{name}/meta.json is damaged; {again}")
+        fail(f"{shown}/meta.json is damaged; {again}")
     splits = []
     for split in "train", held_out:
         if split not in meta["tokens"]:
-            fail(f"data/{name} has no {split} split; it has {', '.join(meta['tokens'])}")
+            fail(f"{shown} has no {split} split; it has {', '.join(meta['tokens'])}")
         splits.append(read_split(folder / f"{split}.bin", split, meta, again))
     return *splits, meta
 

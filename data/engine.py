@@ -124,8 +124,7 @@ def training_script(main):
     """A main around which what its user or the machine may cause is told in one line."""
     smaller = one_line(MemoryError, torch.OutOfMemoryError,
                        hint="lower --batch-size, raise --accumulate")
-    whole = one_line(OSError, KeyboardInterrupt,
-                     hint="a checkpoint already there is whole, --resume goes on")
+    whole = one_line(OSError, hint="if there is a ckpt.pt, it is whole and --resume goes on")
     spoilt = one_line(FloatingPointError, hint="try a lower --lr")
     return any_output()(whole(smaller(spoilt(main))))
 
@@ -215,9 +214,11 @@ class Keeper:
     def steps(self):
         """The numbers of the steps to do. Between steps it saves: by the clock, after the last
         one, and after a signal, which ends the run."""
+        handlers = {}
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            if hasattr(signal, name):                     # Windows has no SIGHUP
-                signal.signal(getattr(signal, name), self.stop)
+            number = getattr(signal, name, None)          # Windows has no SIGHUP
+            if number and signal.getsignal(number) != signal.SIG_IGN:      # nohup ignores it
+                handlers[number] = signal.signal(number, self.stop)
         last = self.args.steps
         saved = time.time()
         for step in range(self.step + 1, last + 1):
@@ -228,9 +229,12 @@ class Keeper:
                                 optimizer=self.optimizer.state_dict()["state"], **self.content)
                 saved = time.time()
             if stopped and step < last:
+                any_rank(False, self.args.device)         # torchrun kills the others once one ends
                 say(f"{self.path} holds step {step} of {last}; "
                     "the same command with --resume goes on")
                 raise SystemExit(128 + (self.signal or signal.SIGINT))
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
     def stop(self, number, frame):
         """A first signal lets the step end, so that none is cut in two; a second one does not.
@@ -258,6 +262,8 @@ def check_out(args):
     if not there.is_dir() or not os.access(there, os.W_OK):
         fail(f"cannot write to --out {args.out}: {there} is no folder, or not yours to write to")
     path = args.out / "ckpt.pt"
+    if path.is_dir():
+        fail(f"{path} is a folder; take another --out")
     if args.resume and not path.is_file():
         fail(f"there is no {path} to go on from; leave --resume out")
     if path.exists() and not args.resume and not args.overwrite:
@@ -302,6 +308,8 @@ def load_checkpoint(path, device):
     if not os.path.isfile(path):
         fail(f"there is no checkpoint {path}; python train.py makes out/sea-stdlib/ckpt.pt, "
              "python train.py --attention dense makes out/dense-stdlib/ckpt.pt")
+    with one_line(OSError):                               # of another user, say
+        open(path, "rb").close()
     with checkpoint_of_ours(path):
         if not zipfile.is_zipfile(path):
             raise RuntimeError("cut off, or another kind of file")
@@ -385,7 +393,8 @@ def resume(path, model, optimizer, settings):
         if not 0 < step <= settings["steps"]:
             raise ValueError(f"it is of step {step}")
         if step == settings["steps"]:
-            say(f"{path} holds all {step} steps; nothing is left to do")
+            say(f"{path} holds all {step} steps; "
+                f"python distill.py --eval-only --teacher {path} evaluates it")
             raise SystemExit(0)
         model.load_state_dict(found.state_dict())
         optimizer.load_state_dict(dict(optimizer.state_dict(), state=saved.pop("optimizer")))

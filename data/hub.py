@@ -33,7 +33,8 @@ def model_file(name_or_folder, file, url=None):
     name = str(name_or_folder)
     folder = Path(name_or_folder)
     if folder.is_file():
-        raise ValueError(f"{name} is a file; name the folder that it is in")
+        raise ValueError(f"{name} is a file; name the folder that it is in (our own "
+                         "checkpoints end in .pt)")
     if folder.is_dir():
         if not (folder / file).is_file():
             raise Missing(f"{name} has no {file}; its files must be named as on the hub: "

@@ -26,7 +26,8 @@ def read_splits(path):
                     raise zipfile.BadZipFile(f"{name} is too large")
                 texts[split] = archive.read(members[name]).decode("utf-8")
     except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, RuntimeError, ValueError) as error:
-        fail(f"{path} is damaged or not the raw WikiText-2 ({error}); delete it and run this again")
+        fail(f"{path} is damaged or not the raw WikiText-2 ({error}); give another --file, or let "
+             "--overwrite fetch it again")
     except OSError as error:
         fail(f"cannot read {path}: {error.strerror}")
     return texts

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import distill  # noqa: E402
 from data import engine  # noqa: E402
 import sea  # noqa: E402
-from data.common import Parser, fail, number, one_line  # noqa: E402
+from data.common import Parser, any_output, fail, number, one_line  # noqa: E402
 from model import CHOOSING  # noqa: E402
 from train import evaluate, perplexity  # noqa: E402
 
@@ -289,7 +289,10 @@ def parse_arguments():
     add("--no-kernels", dest="kernels", action="store_false", help="plain PyTorch, for edits of sea.py")
     add("--mass", metavar="FILE", help="CSV that the keys and the mass of each layer and head are added to")
     parser.set_defaults(eval_windows=200, csv="ablate.csv")
-    return completed(parser.parse_args())
+    args = completed(parser.parse_args())
+    if args.read and not args.steps:
+        fail("--read reads distilled students; give --steps, too")
+    return args
 
 
 def add_flags(parser):
@@ -326,7 +329,8 @@ def load_dense(args):
 def table(path, columns):
     """A CSV, new or gone on with, that rows, dictionaries, are added to as soon as they are known."""
     header = ",".join(columns)
-    old = Path(path).read_text().splitlines()[:1] if Path(path).exists() else []
+    with one_line(OSError, ValueError, hint=f"give another file than {path}"):
+        old = Path(path).read_text().splitlines()[:1] if Path(path).exists() else []
     if old and old != [header]:
         fail(f"{path} has other columns; give another file")
     writer = csv.DictWriter(open(path, "a", newline="", buffering=1), columns, lineterminator="\n")
@@ -390,6 +394,7 @@ def add_heads(writer, row, kept):
             writer.writerow(same | dict(layer=layer, head=head, keys=keys[head], mass=mass[head]))
 
 
+@any_output()
 @one_line(KeyboardInterrupt, OSError, FloatingPointError, torch.OutOfMemoryError,
           hint="the CSV keeps the rows that were known")
 def main():
@@ -408,8 +413,8 @@ def main():
         # The others have neither S nor K.
         for its in settings if VARIANTS[name][0] in CHOOSING else settings[:1]:
             for row, kept in rows_of(name, its, teacher, tokens, held_out, args, precision):
-                show(row)
                 rows.writerow(row)
+                show(row)
                 if heads and kept is not None:
                     add_heads(heads, row, kept)
 

@@ -12,7 +12,6 @@ the peak above what was allocated before, in MiB. q, k and v are synthetic: diff
 over SMOOTH tokens, so that neighbours are as alike as in a trained model. Of flash and cuDNN the faster
 one counts as dense.
 """
-import argparse
 import csv
 import sys
 import time
@@ -26,7 +25,9 @@ from triton.testing import do_bench
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import kernels  # noqa: E402
+from ablate import setting  # noqa: E402
 from data import engine  # noqa: E402
+from data.common import Parser, fail, number, one_line  # noqa: E402
 from model import ATTENTIONS, Config, Dense, Transformer  # noqa: E402
 from sea import budgets  # noqa: E402
 
@@ -40,23 +41,23 @@ FIELDS = "what T S K pass ms times_dense MiB".split()
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2 ** i for i in range(11, 18)],
-                        help="T (default: 2048 to 131072)")
-    parser.add_argument("--settings", nargs="+", default=["8:48", "8:240", "16:64"],
-                        help="block_size:keys_per_query[:coarse] (default: 8:48 8:240 16:64)")
-    parser.add_argument("--batch", type=int, default=1, help="B (default: 1)")
-    parser.add_argument("--heads", type=int, default=12, help="H (default: 12)")
-    parser.add_argument("--kv-heads", type=int, help="Hkv (default: H)")
-    parser.add_argument("--head-dim", type=int, default=64, help="D (default: 64)")
-    parser.add_argument("--model", action="store_true", help="a training step in place of the operator")
-    parser.add_argument("--decode", action="store_true", help="a token in place of the operator")
-    parser.add_argument("--memory", action="store_true", help="memory of whole models, no times")
-    parser.add_argument("--csv", default="bench.csv", help="file for the table (default: bench.csv)")
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--lengths", type=number(int, 1), nargs="+", default=[2 ** i for i in range(11, 18)], help="T")
+    add("--settings", type=setting, nargs="+", default=[(8, 48, 8), (8, 240, 8), (16, 64, 8)],
+        metavar="S:K[:COARSE]", help="block sizes, keys a query and, if not 8, blocks in a coarse one")
+    add("--batch", type=number(int, 1), default=1, help="B")
+    add("--heads", type=number(int, 1), default=12, help="H")
+    add("--kv-heads", type=number(int, 1), help="Hkv; else H")
+    add("--head-dim", type=number(int, 8, 128), default=64, help="D")
+    add("--model", action="store_true", help="a training step in place of the operator")
+    add("--decode", action="store_true", help="a token in place of the operator")
+    add("--memory", action="store_true", help="memory of whole models, no times")
+    add("--csv", default="bench.csv", help="file for the table")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        fail("this measures an NVIDIA GPU, and PyTorch finds none here")
     args.kv_heads = args.kv_heads or args.heads
-    args.settings = [tuple(int(x) for x in setting.split(":")) for setting in args.settings]
     return args
 
 
@@ -107,14 +108,12 @@ def dense(backend, shared):
     return attention
 
 
-def sea(setting):
-    return lambda q, k, v: kernels.sea_attention(q, k, v, *setting)
+def sea(S, K, Z):
+    return lambda q, k, v: kernels.sea_attention(q, k, v, S, K, Z)
 
 
-def stages(q, k, v, setting):
+def stages(q, k, v, S, K, Z):
     """Name and function of each launch of a forward."""
-    S, K = setting[:2]
-    Z = setting[2] if len(setting) > 2 else 8
     T = k.shape[2]
     scale = q.shape[3] ** -0.5
     n, n_coarse = budgets(S, K, Z)
@@ -141,15 +140,14 @@ def operator(args, T, add):
             ms = median_ms(run)
             best[which] = min(ms, best.get(which, ms))
             add(name, T, "", "", which, ms, best[which] / ms, extra_mib(run))
-    for setting in args.settings:
-        S, K = setting[:2]
-        f = sea(setting)
+    for S, K, Z in args.settings:
+        f = sea(S, K, Z)
         for which, run in (("forward", lambda: f(*inputs)), ("both", forward_and_backward(f, inputs))):
             ms = median_ms(run)
             add("sea", T, S, K, which, ms, best[which] / ms, extra_mib(run))
         called = do_bench(lambda: f(*inputs), warmup=10, rep=50, return_mode="median")
         add("sea, as called", T, S, K, "forward", called, best["forward"] / called, "")
-        for name, run in stages(*inputs, setting):
+        for name, run in stages(*inputs, S, K, Z):
             add(name, T, S, K, "forward", median_ms(run), "", "")
 
 
@@ -229,6 +227,7 @@ def memory(args, T, add):
                 add(f"{name}, {attention}", T, 8, 48, which, "", "", MiB)
 
 
+@one_line(OSError, torch.OutOfMemoryError)
 def main():
     args = parse_arguments()
     measure = (one_token if args.decode else training_step if args.model else memory if args.memory

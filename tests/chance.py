@@ -28,7 +28,7 @@ import ablate  # noqa: E402
 import sea  # noqa: E402
 import train  # noqa: E402
 from data import engine  # noqa: E402
-from data.common import Parser, number, one_line  # noqa: E402
+from data.common import Parser, any_output, number, one_line  # noqa: E402
 from model import ATTENTIONS, Attention  # noqa: E402
 
 COLUMNS = ("teacher estimate context block_size keys_per_query lr step windows seconds kl keys mass "
@@ -187,6 +187,7 @@ def make_student(kind, teacher, args):
     return model
 
 
+@any_output()
 @one_line(KeyboardInterrupt, OSError, FloatingPointError, torch.OutOfMemoryError,
           hint="the CSV keeps the rows that were known")
 def main():
@@ -205,11 +206,11 @@ def main():
                 loss = train.evaluate(model, held_out, args.batch_size, args.eval_windows, precision)
             row["ppl"] = train.perplexity(loss)
         shown = [f"{column} {row[column]:.4g}" for column in SHOWN if column in row]
-        print(f"{name:10} step {step:5} {seconds:6.1f} s ", *shown, flush=True)
         row |= dict(teacher=args.teacher, context=args.context, lr=args.lr, step=step)
         row |= dict(windows=step * args.batch_size, seconds=round(seconds, 2))
         row |= dict(block_size=model.config.block_size, keys_per_query=model.config.keys_per_query)
         rows.writerow(row)
+        print(f"{name:10} step {step:5} {seconds:6.1f} s ", *shown, flush=True)
 
     torch.manual_seed(args.seed)
     ATTENTIONS["gate"] = Gate

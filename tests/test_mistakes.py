@@ -149,6 +149,15 @@ def test_what_cannot_work(name, more, hint, run, folder):
     assert hint in assert_mistake(run, folder, name, *more.split())
 
 
+def test_an_out_in_which_no_checkpoint_may_come(run, folder):
+    (folder / "its").mkdir()
+    shutil.copy("dense.pt", "its/ckpt.pt")
+    assert "teacher's folder" in assert_mistake(run, folder, "distill", "--teacher", "its/ckpt.pt", "--out", "its")
+    (folder / "out" / "ckpt.pt").mkdir(parents=True)
+    for name in "train", "distill":
+        assert "is a folder" in assert_mistake(run, folder, name, "--out", "out")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 @pytest.mark.parametrize("name", MODULES)
 def test_a_gpu_that_is_absent(name, run, folder):
