@@ -4,6 +4,7 @@ import argparse
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 from contextlib import contextmanager, suppress
@@ -47,24 +48,31 @@ def one_line(*errors, hint=""):
 @contextmanager
 def any_output():
     """Around a script's main: what its output cannot show becomes ?, and where nobody reads any
-    more, as behind head, it ends without a word, as after Ctrl-C."""
+    more, as behind head, it ends without a word, as after Ctrl-C. A SIGTERM leaves no half file."""
+    before = signal.signal(signal.SIGTERM, ended)
     if hasattr(sys.stdout, "reconfigure"):           # not where stdout is closed
         sys.stdout.reconfigure(errors="replace")
     try:
         yield
         print(end="", flush=True)
     except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        raise SystemExit(128 + signal.SIGINT) from None
     except OSError as error:
         if error.errno == errno.ENOSPC:
             fail(f"cannot write ({first_line(error)}); see to the disk")
         if error.errno not in (errno.EPIPE, errno.EIO):          # EIO: the terminal was closed
             raise
     finally:
+        signal.signal(signal.SIGTERM, before)
         try:
             print(end="", flush=True)
         except OSError:                              # Python would try once more, and complain
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def ended(number, frame):
+    """Leave as sys.exit does, so that what is on its way is cleared away."""
+    raise SystemExit(128 + number)
 
 
 def number(kind, least, most=10 ** 9):
