@@ -448,7 +448,7 @@ class Transformer(nn.Module):
         """
         if idx.shape[1] == 0:
             raise ValueError("the prompt is empty; give one token at least")
-        if temperature < 0 or (top_k is not None and top_k < 1):
+        if not 0 <= temperature < math.inf or (top_k is not None and top_k < 1):
             raise ValueError(f"temperature is {temperature}, top_k {top_k}; the least are 0, and 1")
 
         choose = partial(sample, temperature=temperature, top_k=top_k, ids=ids)

@@ -46,8 +46,14 @@ def sea_attention(q, k, v, block_size=8, keys_per_query=48, coarse=8, scale=None
 
     q (B, H, R, D), k and v (B, Hkv, T, D) -> (B, H, R, D). keys_per_query: keys that a query
     chooses, in whole blocks, beside the first block, the one before its own, and its own. coarse:
-    blocks in a coarse block. scale: D ** -0.5 if None. What does not fit raises a ValueError.
+    blocks in a coarse block. scale: a number, D ** -0.5 if None. What does not fit raises a
+    ValueError. Under autocast it takes its type, as PyTorch's attention does.
     """
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q = q.to(dtype)
+        k = k.to(dtype)
+        v = v.to(dtype)
     check(q, k, v, block_size, keys_per_query, coarse)
     if q.is_cuda and backend == "triton":
         return kernels.sea_attention(q, k, v, block_size, keys_per_query, coarse, scale)
@@ -130,7 +136,8 @@ def block_scores(q, block_moments, block_size, first_row=0):
     HKV, W = block_moments.shape[1:3]
     q = q.to(block_moments.dtype)
     # Heads of q that share a head of k become further rows of one product.
-    features = torch.cat((q, q * q), -1).view(B, HKV, -1, 2 * D)          # (B, Hkv, R H / Hkv, 2D)
+    features = torch.cat((q, q * q), -1)
+    features = features.view(B, HKV, R * H // HKV, 2 * D)                        # (B, Hkv, .., 2D)
     with torch.autocast(q.device.type, enabled=False):              # small differences decide
         scores = (features @ block_moments.mT).view(B, H, R, W)
     block = torch.arange(W, device=q.device)
@@ -171,10 +178,9 @@ def attend(q, k, v, chosen, block_size):
 
 def chosen_keys(chosen, T, block_size):
     """The keys that each query attends to: chosen (B, H, R, W) bool -> (B, H, R, T) bool."""
-    R, W = chosen.shape[2:]
     key = torch.arange(T, device=chosen.device)
-    row = key[T - R:, None]                                                      # (R, 1)
-    keys = F.pad(chosen.repeat_interleave(block_size, -1), (0, T - W * block_size))
+    row = key[T - chosen.shape[2]:, None]                                        # (R, 1)
+    keys = F.pad(chosen, (0, 1)).repeat_interleave(block_size, -1)[..., :T]      # (B, H, R, T)
     return (keys | (key // block_size == row // block_size)) & (key <= row)
 
 

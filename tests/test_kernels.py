@@ -189,6 +189,22 @@ def test_any_strides(T=70):
     assert error(kernels.sea_attention(q, k, v, 4, 8), exact) < 2e-6
 
 
+def test_two_strides_of_one(T=9):
+    """Rows that overlap: what is made like such a tensor has a last stride that is not 1."""
+    line = heads(1, 1, 1, 1, 16 + T - 1)[0]
+    q, k, v = [(line * factor).view(-1).unfold(0, 16, 1)[None, None] for factor in (1, 2, 3)]
+    exact = [x.detach().double().cpu().clone().requires_grad_() for x in (q, k, v)]
+    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+    assert q.stride()[2:] == (1, 1) and q.shape == (1, 1, T, 16)
+    out = kernels.sea_attention(*inputs, 4, 4, 2)
+    wanted = sea.sea_attention(*exact, 4, 4, 2)
+    assert error(out, wanted) < 2e-6
+    out.square().sum().backward()
+    wanted.square().sum().backward()
+    for x, y in zip(inputs, exact):
+        assert error(x.grad, y.grad) < 1e-5
+
+
 @pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
 def test_half_precision(dtype, bound, T=130):
     """Attention to the blocks that the kernels chose: a choice between two near equal ones may fall otherwise."""

@@ -189,6 +189,21 @@ def test_any_strides(T=60):
     check((q, k, v), 1e-11, block_size=4, keys_per_query=8)
 
 
+def test_an_empty_batch(T=61):
+    q, k, v = [x[:0].requires_grad_() for x in heads(1, 2, 1, T, 16)]
+    out = sea.sea_attention(q, k, v, 2, 4, 2)
+    out.sum().backward()
+    assert out.shape == q.shape and k.grad.shape == k.shape
+
+
+def test_autocast_takes_its_type(T=61):
+    q, k, v = heads(1, 2, 1, T, 16, torch.float32)
+    wanted = sea.sea_attention(q.bfloat16(), k.bfloat16(), v.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):                 # rotary positions make float32 of q and k
+        out = sea.sea_attention(q, k, v.bfloat16())
+    assert out.dtype == torch.bfloat16 and torch.equal(out, wanted)
+
+
 def test_every_budget(T=61):
     q, k, v = heads(1, 1, 1, T, 16)
     for K in range(1, T + 4):
