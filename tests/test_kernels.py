@@ -180,6 +180,12 @@ def test_every_budget(K, T=180):
     assert error(kernels.sea_attention(q, k, v, 4, K, 4), exact) < 2e-6
 
 
+def test_more_blocks_than_a_program_can_choose():
+    q, k, v = heads(1, 1, 1, kernels.MOST + 4, 16, R=1)
+    with pytest.raises(ValueError, match="255 blocks, the kernels take up to 254"):
+        kernels.sea_attention(q, k, v, 1, 400)
+
+
 def test_any_strides(T=70):
     q, k, v = heads(2, 2, 2, 2 * T, 32)
     q = q[:, :, ::2, :16]
