@@ -180,7 +180,7 @@ def chosen_keys(chosen, T, block_size):
     """The keys that each query attends to: chosen (B, H, R, W) bool -> (B, H, R, T) bool."""
     key = torch.arange(T, device=chosen.device)
     row = key[T - chosen.shape[2]:, None]                                        # (R, 1)
-    keys = F.pad(chosen, (0, 1)).repeat_interleave(block_size, -1)[..., :T]      # (B, H, R, T)
+    keys = F.pad(chosen, (0, 1)).repeat_interleave(min(block_size, T), -1)[..., :T]
     return (keys | (key // block_size == row // block_size)) & (key <= row)
 
 
