@@ -214,12 +214,13 @@ def check(q, k, v, block_size, keys_per_query, coarse=1):
 # One token at a time
 
 class KeysAndValues:
-    """k, v (B, Hkv, T, D) of a layer's tokens so far, then zeros up to `room` tokens."""
+    """k, v (B, Hkv, T, D) of a layer's tokens so far, then zeros up to `room` tokens, or to the
+    next multiple of `unit`."""
 
-    def __init__(self, k, v, room):
-        rest = room - k.shape[2]
-        if rest < 0:
+    def __init__(self, k, v, room, unit=1):
+        if room < k.shape[2]:
             raise ValueError(f"room is {room}, and there are {k.shape[2]} tokens already")
+        rest = -(-room // unit) * unit - k.shape[2]
         self.k = F.pad(k, (0, 0, 0, rest)).contiguous()             # (B, Hkv, room, D)
         self.v = F.pad(v, (0, 0, 0, rest)).contiguous()
 
@@ -237,7 +238,7 @@ class Cache(KeysAndValues):
 
     def __init__(self, k, v, room, block_size=8, coarse=8):
         wide = block_size * coarse
-        super().__init__(k, v, -(-room // wide) * wide)             # whole coarse blocks
+        super().__init__(k, v, room, wide)                          # whole coarse blocks
         self.block_size = block_size
         self.coarse = coarse
         if k.is_cuda and backend == "triton":
@@ -417,6 +418,8 @@ class PaperEstimator(nn.Module):
     def forward(self, q, k, v, block_size, keys_per_query, teacher=None):
         check(q, k, v, block_size, keys_per_query)
         T = k.shape[2]
+        if q.shape[2] < T:
+            raise ValueError(f"q has {q.shape[2]} rows; this estimator needs all {T}")
         group = q.shape[1] // k.shape[1]
         k = k.repeat_interleave(group, 1)                                        # (B, H, T, D)
         v = v.repeat_interleave(group, 1)

@@ -4,6 +4,7 @@ import json
 import pickle
 import random
 import shutil
+import signal
 import struct
 import sys
 import threading
@@ -370,6 +371,19 @@ def test_a_full_disk_names_itself(write, tmp_path, capsys):
     said = capsys.readouterr().err
     assert said.count("File too large") == said.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_sigterm_leaves_no_half_file(tmp_path):
+    @common.any_output()
+    def main():
+        with common.whole_file(tmp_path / "file") as file:
+            file.write(b"half of it")
+            signal.raise_signal(signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match="143"):
+        main()
+    assert not list(tmp_path.iterdir()) and signal.getsignal(signal.SIGTERM) is before
 
 
 def test_folders_and_files_confused(tmp_path, monkeypatch, capsys):

@@ -75,7 +75,7 @@ def test_after_a_prompt_in_float32(kind, prompt):
 
 def test_room_for_fewer_tokens_than_there_are():
     with pytest.raises(ValueError, match="room is 9, and there are 10"):
-        sea.Cache(*torch.randn(2, 1, 1, 10, 16), room=9, block_size=3, coarse=1)
+        sea.Cache(*torch.randn(2, 1, 1, 10, 16), room=9, block_size=3, coarse=4)
 
 
 @pytest.mark.parametrize("kept", ["k", "v", "moments", "wide_moments"])

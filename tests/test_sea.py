@@ -523,6 +523,12 @@ def test_paper_estimator_in_chunks_of_rows(T, HKV, monkeypatch):
     assert error(layer(q, *repeated, 8, 16)[0], out) < 1e-5
 
 
+def test_paper_estimator_needs_all_rows():
+    q, k, v = paper_inputs(20, 2)
+    with pytest.raises(ValueError, match="q has 5 rows; this estimator needs all 20"):
+        estimator()(q[:, :, -5:], k, v, 8, 16)
+
+
 @pytest.mark.parametrize("S", [2, 8])
 def test_paper_estimator_looks_at_no_later_token(S, T=150):
     layer = estimator()
