@@ -139,12 +139,11 @@ def make_optimizer(student):
     return torch.optim.AdamW(list(groups.values()), betas=(0.9, 0.95), fused=True)
 
 
-def distill(student, teacher, tokens, args, precision, optimizer, steps=None):
-    """Train the student -> the last losses. steps: their numbers, 1 to args.steps if None."""
+def distill(student, teacher, tokens, args, precision, optimizer, steps):
+    """Train the student -> the last losses. steps: numbers of the steps to do."""
     student.train()
     teacher.eval()
     losses_of = partial(distillation_losses, teacher=teacher)
-    steps = steps or range(1, args.steps + 1)
     return train.train(student, optimizer, losses_of, LOSSES, tokens, args, precision, steps)
 
 

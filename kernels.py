@@ -421,7 +421,7 @@ def choose(q, moments, T, block_size, n, scale, rows, tile, near=None, coarse=1)
     each of `tile` queries, without own blocks. rows: queries of a program, and of a list of `near`.
     """
     B, H, R, D = q.shape
-    n = chosen_of(n, cdiv(T, block_size))
+    n = clipped(n, cdiv(T, block_size))
     lists = new_lists(q, T, block_size, n, rows, tile)
     slots = 32 if rows == LOOKING else 16
     if near is None:
@@ -635,8 +635,8 @@ def budgets(block_size, keys_per_query, coarse=8):
     return n, max(8, keys_per_query // min(16, block_size * coarse))
 
 
-def chosen_of(n, blocks):
-    """How many of so many blocks a query chooses, beside three that it always has."""
+def clipped(n, blocks):
+    """n, or how many of so many blocks are left beside the three that a query always has."""
     n = max(1, min(n, blocks - 3))
     if n > MOST:
         raise ValueError(f"a query is to choose {n} blocks, the kernels take up to {MOST}; lower "
@@ -803,8 +803,8 @@ def decode(q, cache, position, keys_per_query=48, scale=None):
     S = cache.block_size
     W = cache.wide_moments.shape[2]
     n, n_wide = budgets(S, keys_per_query, cache.coarse)
-    n = chosen_of(n, cache.moments.shape[2])
-    n_wide = chosen_of(n_wide, W)
+    n = clipped(n, cache.moments.shape[2])
+    n_wide = clipped(n_wide, W)
     scale = D ** -0.5 if scale is None else scale
     N = power_of_2(n + 3)
     warps = max(4, min(16, N * power_of_2(S) // 32))

@@ -49,11 +49,7 @@ def sea_attention(q, k, v, block_size=8, keys_per_query=48, coarse=8, scale=None
     blocks in a coarse block. scale: a number, D ** -0.5 if None. What does not fit raises a
     ValueError. Under autocast it takes its type, as PyTorch's attention does.
     """
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q = q.to(dtype)
-        k = k.to(dtype)
-        v = v.to(dtype)
+    q, k, v = under_autocast(q, k, v)
     check(q, k, v, block_size, keys_per_query, coarse)
     if q.is_cuda and backend == "triton":
         return kernels.sea_attention(q, k, v, block_size, keys_per_query, coarse, scale)
@@ -187,6 +183,14 @@ def chosen_keys(chosen, T, block_size):
 def own_block(R, first_row, block_size, device):
     """The block of each of R rows from first_row on, an int or a tensor (1,): (R, 1)."""
     return (first_row + torch.arange(R, device=device))[:, None] // block_size
+
+
+def under_autocast(*tensors):
+    """The tensors, of autocast's type where that is on."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return [x.to(torch.get_autocast_dtype(device)) for x in tensors]
 
 
 def check(q, k, v, block_size, keys_per_query, coarse=1):

@@ -49,11 +49,11 @@ def one_line(*errors, hint=""):
 def any_output():
     """Around a script's main: what its output cannot show becomes ?, and where nobody reads any
     more, as behind head, it ends without a word, as after Ctrl-C. A SIGTERM leaves no half file."""
-    before = signal.signal(signal.SIGTERM, ended)
     if hasattr(sys.stdout, "reconfigure"):           # not where stdout is closed
         sys.stdout.reconfigure(errors="replace")
     try:
-        yield
+        with signals_to(ended, "SIGTERM"):
+            yield
         print(end="", flush=True)
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
@@ -63,11 +63,25 @@ def any_output():
         if error.errno not in (errno.EPIPE, errno.EIO):          # EIO: the terminal was closed
             raise
     finally:
-        signal.signal(signal.SIGTERM, before)
         try:
             print(end="", flush=True)
         except OSError:                              # Python would try once more, and complain
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def signals_to(handler, *names):
+    """Around code: who handles these signals; those that are ignored, as by nohup, stay so."""
+    before = {}
+    for name in names:
+        number = getattr(signal, name, None)             # Windows has no SIGHUP
+        if number and signal.getsignal(number) != signal.SIG_IGN:
+            before[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def ended(number, frame):

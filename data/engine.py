@@ -23,7 +23,7 @@ import torch.distributed as dist
 import sea
 from data import hub
 from data.common import (any_output, encoding, fail, first_line, one_line, random_batch,
-                         whole_file)
+                         signals_to, whole_file)
 from model import Config, Transformer, captured
 
 RANK = int(os.environ.get("RANK", 0))                     # as torchrun sets them
@@ -205,8 +205,8 @@ class Keeper:
         self.settings = settings_of(args, model, tokens, teacher)
         self.content = {}
         self.step = 0
-        self.signal = 0                          # the number of the first one that came
-        self.signalled = 0.                      # when it came
+        self.stopped_by = 0                      # a signal's number
+        self.stopped_at = 0.
         if args.resume:
             self.content, self.step = resume(self.path, model, optimizer, self.settings)
         self.content |= dict(tokenizer=tokenizer, data=args.data)
@@ -214,39 +214,36 @@ class Keeper:
     def steps(self):
         """The numbers of the steps to do. Between steps it saves: by the clock, after the last
         one, and after a signal, which ends the run."""
-        handlers = {}
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)          # Windows has no SIGHUP
-            if number and signal.getsignal(number) != signal.SIG_IGN:      # nohup ignores it
-                handlers[number] = signal.signal(number, self.stop)
         last = self.args.steps
         saved = time.time()
-        for step in range(self.step + 1, last + 1):
-            yield step
-            stopped = any_rank(self.signal, self.args.device)
-            if stopped or step == last or time.time() - saved >= 60 * SAVE_MINUTES:
-                save_checkpoint(self.path, self.model, step=step, settings=self.settings,
-                                optimizer=self.optimizer.state_dict()["state"], **self.content)
-                saved = time.time()
-            if stopped and step < last:
-                any_rank(False, self.args.device)         # torchrun kills the others once one ends
-                say(f"{self.path} holds step {step} of {last}; "
-                    "the same command with --resume goes on")
-                raise SystemExit(128 + (self.signal or signal.SIGINT))
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        with signals_to(self.stop, "SIGINT", "SIGTERM", "SIGHUP"):
+            for step in range(self.step + 1, last + 1):
+                yield step
+                stopped = any_rank(self.stopped_by, self.args.device)
+                if stopped or step == last or time.time() - saved >= 60 * SAVE_MINUTES:
+                    self.save(step)
+                    saved = time.time()
+                if stopped and step < last:
+                    any_rank(False, self.args.device)     # torchrun kills the others once one ends
+                    say(f"{self.path} holds step {step} of {last}; "
+                        "the same command with --resume goes on")
+                    raise SystemExit(128 + (self.stopped_by or signal.SIGINT))
+
+    def save(self, step):
+        save_checkpoint(self.path, self.model, step=step, settings=self.settings,
+                        optimizer=self.optimizer.state_dict()["state"], **self.content)
 
     def stop(self, number, frame):
         """A first signal lets the step end, so that none is cut in two; a second one does not.
 
         One within a second is the first again: torchrun passes on what the terminal sent to all.
         """
-        if self.signal:
-            if time.time() - self.signalled > 1:
+        if self.stopped_by:
+            if time.time() - self.stopped_at > 1:
                 raise KeyboardInterrupt
             return
-        self.signal = number
-        self.signalled = time.time()
+        self.stopped_by = number
+        self.stopped_at = time.time()
         if RANK == 0:
             with suppress(OSError):                       # after SIGHUP the terminal is closed
                 print("stopping after this step; once more: at once", file=sys.stderr)

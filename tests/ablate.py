@@ -160,17 +160,19 @@ def best(rivals, n):
 
 
 def counting_the_rest(share):
-    """An attend for which each other block is one more key and value, their means, that counts share S times.
+    """An attend that takes in the other blocks, too: each as one key, the mean of its keys, with the mean of
+    its values, which counts share * S times. (The paper mixes in the mean of all values.)"""
+    def with_means(x, block_size):
+        blocks = whole_blocks(x, block_size).unflatten(-1, (block_size, -1))     # (B, Hkv, W, S, D)
+        return torch.cat((x, blocks.mean(3)), 2)                                 # (B, Hkv, T + W, D)
 
-    Linear attention to what is not chosen, in short; the paper mixes in the mean of all values.
-    """
     def attend(q, k, v, chosen, block_size):
-        means = [whole_blocks(x, block_size).unflatten(-1, (block_size, -1)).mean(3) for x in (k, v)]
-        block, own = block_and_own(chosen, block_size, k.shape[2] - q.shape[2])
-        mask = torch.cat((sea.chosen_keys(chosen, k.shape[2], block_size), (block < own) & ~chosen), -1)
-        scores = products(q, torch.cat((k, means[0]), 2))                        # (B, H, R, T + W)
-        scores = scores + F.pad(torch.zeros_like(block) + math.log(share * block_size), (k.shape[2], 0))
-        v = torch.cat((v, means[1]), 2).repeat_interleave(q.shape[1] // v.shape[1], 1)
+        T = k.shape[2]
+        scores = products(q, with_means(k, block_size))                          # (B, H, R, T + W)
+        scores[..., T:] += math.log(share * block_size)
+        block, own = block_and_own(chosen, block_size, T - q.shape[2])
+        mask = torch.cat((sea.chosen_keys(chosen, T, block_size), (block < own) & ~chosen), -1)
+        v = with_means(v, block_size).repeat_interleave(q.shape[1] // v.shape[1], 1)
         return scores.masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype) @ v
     return attend
 
@@ -352,7 +354,8 @@ def rows_of(name, setting, teacher, tokens, held_out, args, precision):
     if args.steps:
         with as_variant(name, args.kernels):
             loss = evaluate(student, held_out, args.batch_size, args.eval_windows, precision)
-            distill.distill(student, teacher, tokens, args, precision, distill.make_optimizer(student))
+            distill.distill(student, teacher, tokens, args, precision, distill.make_optimizer(student),
+                            range(1, args.steps + 1))
         same["ppl_untrained"] = perplexity(loss)
         reads += args.read if kind in CHOOSING else []
 

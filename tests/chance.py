@@ -205,11 +205,11 @@ def main():
             with ablate.as_variant(name, kernels=True):
                 loss = train.evaluate(model, held_out, args.batch_size, args.eval_windows, precision)
             row["ppl"] = train.perplexity(loss)
-        shown = [f"{column} {row[column]:.4g}" for column in SHOWN if column in row]
         row |= dict(teacher=args.teacher, context=args.context, lr=args.lr, step=step)
         row |= dict(windows=step * args.batch_size, seconds=round(seconds, 2))
         row |= dict(block_size=model.config.block_size, keys_per_query=model.config.keys_per_query)
         rows.writerow(row)
+        shown = [f"{column} {row[column]:.4g}" for column in SHOWN if column in row]
         print(f"{name:10} step {step:5} {seconds:6.1f} s ", *shown, flush=True)
 
     torch.manual_seed(args.seed)

@@ -357,7 +357,7 @@ def test_a_second_ctrl_c_stops_at_once(folder, monkeypatch, capsys):
 
     kill_in_step(3, monkeypatch, twice)
     status, _, err = run(TRAIN, monkeypatch, capsys)
-    assert status == 130 and one_line(err)
+    assert status == 130 and one_line(err) and "once more: at once" in err
     assert engine.load_checkpoint("out/ckpt.pt", "cpu")[1]["step"] == 2
 
 
